@@ -1,0 +1,76 @@
+"""The values that flow between stages. Nothing here computes; every field states its shape."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where an embedding lives: two embeddings may meet only if their spaces say that they fit.
+
+    model: identity of the weights that made it, e.g. "duet-mini/text_encoder"; layer: which output of them, e.g.
+    "text_embeds"; width: channels of ``tokens``.
+    """
+
+    model: str
+    layer: str
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.model} · {self.layer} · {self.width} wide"
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Words. tokens: (B, L, D); pooled: (B, P) or None; mask: (B, L) bool, True where a token counts.
+
+    notices: sentences for the user, such as which part of the prompt the tokenizer does not know.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None
+    mask: Tensor
+    space: Space
+    negative: "PromptEmbeds | None" = None
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """A picture. tokens: (B, h*w, D) in row order; pooled: (B, P); grid: (h, w)."""
+
+    tokens: Tensor
+    pooled: Tensor
+    grid: tuple[int, int]
+    space: Space
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FusedConditioning:
+    """What the generator listens to. tokens: (B, N, D); pooled: (B, P) or None; mask: (B, N) bool.
+
+    grid: (h, w) with h*w == N where the tokens lie on the latents' own grid, else None.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None
+    mask: Tensor
+    space: Space
+    grid: tuple[int, int] | None = None
+    negative: "FusedConditioning | None" = None
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Finished pictures. pixels: (B, 3, H, W) in 0..1, not premultiplied; alpha: (B, 1, H, W) in 0..1.
+
+    milliseconds: time spent by stage name ("generation", "decode"); notices: sentences for the user.
+    """
+
+    pixels: Tensor
+    alpha: Tensor
+    milliseconds: dict[str, float]
+    notices: tuple[str, ...] = ()

