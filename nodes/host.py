@@ -1,0 +1,281 @@
+"""All of the host that Duet touches: memory, progress, model folders, nodes. No other module imports the host."""
+
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+# The host is no package that a checker could find: it is the program that loads us.
+
+import functools
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management as memory
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import ComfyExtension, ui
+from comfy_api.latest import io as host_io
+from PIL import Image
+from server import PromptServer
+from torch import nn
+
+from ..pipeline.model_cache import ModelCache
+from ..pipeline.residency import OutOfDeviceMemory, is_out_of_memory, module_bytes, out_of_memory
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "ComfyExtension",
+    "ComfyResidency",
+    "diffusers_folder",
+    "diffusers_names",
+    "io",
+    "model_cache",
+    "steps",
+    "ui",
+]
+
+
+# --- memory ---
+
+
+class DuetModel(nn.Module):
+    """A plain parent for a module: the patcher sets ``device``, which transformers and diffusers make read-only."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class WholePatcher(ModelPatcher):
+    """Loads all of a model or none of it.
+
+    The host loads layers one by one when memory is short, and counts on its own layer classes to fetch the rest;
+    those of transformers and diffusers would be stranded. Weights move outside inference mode, or none could be
+    refined later.
+    """
+
+    def partially_load(self, device_to, extra_memory=0, **options):
+        with torch.inference_mode(False):
+            return super().partially_load(device_to, extra_memory=1e32, **options)
+
+    def partially_unload(self, device_to, memory_to_free=0, **options):
+        return 0  # nothing in part: the host then detaches the whole
+
+    def unpatch_model(self, *arguments, **options):
+        with torch.inference_mode(False):
+            return super().unpatch_model(*arguments, **options)
+
+
+@dataclass(eq=False)
+class ComfyResident:
+    """Owns the patcher: the host itself keeps only a weak reference to it, and forgets it when this dies."""
+
+    module: nn.Module
+    name: str
+    bytes: int
+    patcher: WholePatcher
+
+    @property
+    def on_device(self) -> bool:
+        return self.patcher.loaded_size() > 0
+
+
+class ComfyResidency:
+    """The host's own memory management as a residency: it counts our bytes, and may evict us for its models.
+
+    Outside ``acquire`` .. ``release`` the host is free to move any of ours off; so every use asks it to load again.
+    """
+
+    def __init__(self) -> None:
+        self.device: torch.device = memory.get_torch_device()
+        # Not unet_offload_device(): with --highvram that is the GPU, and moving a model off would free nothing.
+        self._offload_device = self.device if args.gpu_only else torch.device("cpu")
+        self._pinned: list[ComfyResident] = []
+        self._lock = threading.RLock()  # the host's list of loaded models has none
+
+    def adopt(self, module: nn.Module, name: str) -> ComfyResident:
+        size = module_bytes(module)  # the host's own count would take tied weights twice
+        patcher = WholePatcher(DuetModel(module), self.device, self._offload_device, size=size)
+        return ComfyResident(module, name, size, patcher)
+
+    def acquire(self, resident: ComfyResident) -> None:
+        with self._lock:
+            retry = False
+            try:
+                self._load(resident)
+            except OutOfDeviceMemory:
+                retry = True  # below: in here, the frames of the failed attempt still hold what it had brought
+            if retry:
+                self._load(resident, moved=self._evict_all())
+            self._pinned.append(resident)
+
+    def release(self, resident: ComfyResident) -> None:
+        with self._lock:
+            self._pinned.remove(resident)
+
+    def forget(self, resident: ComfyResident) -> None:
+        """Nothing to do: the patcher dies with the resident, and the host strikes it off its list."""
+
+    def _load(self, resident: ComfyResident, moved: int = 0) -> None:
+        # The pinned ones are named too: the host evicts anything that is not part of the request.
+        pinned = [other.patcher for other in self._pinned]
+        try:
+            memory.load_models_gpu([resident.patcher, *pinned])
+        except BaseException as error:
+            if pinned:
+                memory.load_models_gpu(pinned)  # the host had struck them off its list before it failed
+            if is_out_of_memory(error):
+                raise out_of_memory(resident.name, resident.bytes, self.device, moved, self._pinned) from error
+            raise
+
+    def _evict_all(self) -> int:
+        pinned = {id(resident.patcher) for resident in self._pinned}
+        keep = [loaded for loaded in memory.current_loaded_models if id(loaded.model) in pinned]
+        evicted = memory.free_memory(1e30, self.device, keep)
+        memory.soft_empty_cache()
+        moved = sum(loaded.model_memory() for loaded in evicted if loaded.model is not None)
+        log.info("moved %d models (%d bytes) off %s: out of memory", len(evicted), moved, self.device)
+        return moved
+
+
+@functools.cache
+def model_cache() -> ModelCache:
+    """The one cache of this host, built at its first use. It may hold half of the machine's memory."""
+    cache = ModelCache(ComfyResidency(), budget_bytes=memory.get_total_memory(torch.device("cpu")) // 2)
+    _empty_when_freed(cache)
+    return cache
+
+
+def _empty_when_freed(cache: ModelCache) -> None:
+    """Let 'Free model and node cache' empty our cache too.
+
+    The host drops what its node outputs own, and tells nobody. It takes the wish from the queue's flags, between
+    prompts and on the one thread that may touch its list of models: so we look on as it does. 'Unload models' alone
+    needs nothing from us, since the host moves our weights off as it does its own.
+    """
+    server = getattr(PromptServer, "instance", None)
+    if server is None:  # imported without a running server
+        return
+    take_flags = server.prompt_queue.get_flags
+
+    @functools.wraps(take_flags)
+    def get_flags(*arguments, **options):
+        flags = take_flags(*arguments, **options)
+        if flags.get("free_memory"):
+            cache.unload()
+        return flags
+
+    server.prompt_queue.get_flags = get_flags
+
+
+# --- progress ---
+
+
+def steps(total: int) -> Callable[[int, Image.Image | None], None]:
+    """A callback for ``generate``: ``on_step(done, preview)`` moves this node's progress bar and shows the preview.
+
+    Raises the host's InterruptProcessingException as soon as the user has cancelled.
+    """
+    bar = comfy.utils.ProgressBar(total)
+
+    def on_step(done: int, preview: Image.Image | None = None) -> None:
+        memory.throw_exception_if_processing_interrupted()
+        # JPEG knows no alpha, and an error while the server encodes a preview ends the server.
+        shown = None if preview is None else ("JPEG", preview.convert("RGB"), min(args.preview_size, max(preview.size)))
+        bar.update_absolute(done, total, shown)
+
+    return on_step
+
+
+# --- model folders ---
+
+_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+_DEEPEST = 3  # folders below models/diffusers in which a model is looked for
+
+
+def diffusers_names() -> list[str]:
+    """The models in the host's models/diffusers folders, as names for ``diffusers_folder``."""
+    names = set()
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for folder, subfolders, files in os.walk(root):
+            relative = Path(folder).relative_to(root)
+            if "model_index.json" in files:
+                names.add(relative.as_posix())
+            if "model_index.json" in files or len(relative.parts) == _DEEPEST:
+                subfolders.clear()
+    return sorted(names - {"."})
+
+
+def diffusers_folder(name: str) -> Path:
+    """The folder of a model named in a prompt, resolved, and certain to lie inside one of the host's models/diffusers.
+
+    Raises ValueError for a name that leads anywhere else, and for one that is not there.
+    """
+    _check_name(name)
+    roots = [os.path.realpath(root) for root in folder_paths.get_folder_paths("diffusers")]
+    for root in roots:
+        folder = os.path.realpath(os.path.join(root, name))
+        if os.path.commonpath([root, folder]) != root or folder == root:
+            raise ValueError(
+                f"model {name!r} leads out of {root}, by a link; expected a folder inside. "
+                "A folder elsewhere can be named in the host's extra_model_paths.yaml"
+            )
+        if os.path.isdir(folder):
+            return Path(folder)
+    expected = " or ".join(os.path.join(root, name, "model_index.json") for root in roots)
+    raise ValueError(f"no model {name!r}: expected {expected}; found {', '.join(diffusers_names()) or 'no models'}")
+
+
+def _check_name(name: str) -> None:
+    parts = PureWindowsPath(name).parts  # splits at both kinds of slash
+    if not parts or any(ord(character) < 32 for character in name):
+        raise ValueError(f"model name {name!r}: expected the name of a folder in models/diffusers")
+    if PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute() or ".." in parts:
+        raise ValueError(f"model name {name!r} leads out of models/diffusers: expected the name of a folder inside")
+    for part in parts:
+        if part.split(".")[0].strip().lower() in _DEVICE_NAMES or part != part.rstrip(". ") or ":" in part:
+            raise ValueError(f"model name {name!r}: {part!r} cannot name a folder on every system")
+
+
+# --- nodes ---
+
+
+def _known(call: Callable) -> Callable:
+    """The same call, less the keyword arguments that this host is too old to know; they only add comfort."""
+    parameters = inspect.signature(call).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return call
+
+    @functools.wraps(call, updated=())
+    def filtered(*arguments, **options):
+        return call(*arguments, **{name: value for name, value in options.items() if name in parameters})
+
+    return filtered
+
+
+class _Io:
+    """The host's ``io``, whose Schema and Inputs accept arguments of newer hosts: a TypeError drops the whole pack."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._wrapped, name)
+        if name == "Schema" or name in ("Input", "Output"):
+            return _known(value)
+        if name == "Custom":
+            return lambda io_type: _Io(value(io_type))
+        return _Io(value) if hasattr(value, "Input") else value
+
+
+if TYPE_CHECKING:
+    io = host_io
+else:
+    io = _Io(host_io)

@@ -1,0 +1,194 @@
+"""The one cache that every stage draws its models from: identity, pins, order of use, and a budget of bytes."""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .residency import Residency, Resident
+
+log = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """Which weights, and as what. Equal keys are the same model; a file replaced on disk gives another key.
+
+    path: resolved, so that two names of one file agree; size: bytes on disk; mtime_ns: of its newest file.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    component: str
+    dtype: torch.dtype
+
+    def replaces(self, other: "ModelKey") -> bool:
+        """Whether ``other`` names the same file as it was before it was replaced."""
+        same_file = (self.path, self.component) == (other.path, other.component)
+        return same_file and (self.size, self.mtime_ns) != (other.size, other.mtime_ns)
+
+    def __str__(self) -> str:
+        return f"{self.component} of {self.path} as {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class CacheEntryStats:
+    """One model. bytes: of weights, shared ones once; pins: uses under way; on_device: on the load device now."""
+
+    key: ModelKey
+    bytes: int
+    pins: int
+    hits: int
+    on_device: bool
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """entries: least recently used first; evictions: models dropped for any reason, since the cache was made."""
+
+    entries: tuple[CacheEntryStats, ...]
+    bytes_held: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+@dataclass(eq=False)
+class _Entry:
+    key: ModelKey
+    resident: Resident
+    pins: int = 1
+    hits: int = 0
+    replaced: bool = False
+
+
+class ModelCache:
+    """Holds modules up to ``budget_bytes``, dropping the least recently used first and never one that is in use.
+
+    Safe to call from any thread. There is one lock, and it is held only while the table is read or changed: never
+    while a module is built, moved or destroyed, and never while a residency's lock is taken. So the two locks have no
+    order to get wrong, and ``stats`` answers while a large model loads.
+    """
+
+    def __init__(self, residency: Residency[Any], budget_bytes: int) -> None:
+        self.residency = residency
+        self.budget_bytes = budget_bytes
+        self._entries: OrderedDict[ModelKey, _Entry] = OrderedDict()  # least recently used first
+        self._building: set[ModelKey] = set()
+        self._hits = self._misses = self._evictions = 0
+        self._table = threading.Condition()
+
+    @contextmanager
+    def use(self, key: ModelKey, build: Callable[[], Module]) -> Iterator[Module]:
+        """The only way to touch a model: on its load device, and pinned, while in the block.
+
+        ``build`` is called on a miss, once however many threads ask; whatever it raises leaves nothing behind. Raises
+        OutOfDeviceMemory if the device cannot hold the model.
+        """
+        entry = self._pin(key, build)
+        try:
+            self.residency.acquire(entry.resident)
+            try:
+                yield entry.resident.module  # type: ignore[misc]  # what `build` gave for this key
+            finally:
+                self.residency.release(entry.resident)
+        finally:
+            self._unpin(entry)
+
+    def unload(self) -> int:
+        """Drop every model that is not in use; gives the bytes let go."""
+        with self._table:
+            dropped = self._take_out([entry for entry in self._entries.values() if not entry.pins])
+        return self._let_go(dropped, "unload was asked for")
+
+    def stats(self) -> CacheStats:
+        """What is held now, without waiting for anything that is being built or moved."""
+        with self._table:
+            entries = tuple(
+                CacheEntryStats(entry.key, entry.resident.bytes, entry.pins, entry.hits, entry.resident.on_device)
+                for entry in self._entries.values()
+            )
+            return CacheStats(entries, self._bytes_held(), self._hits, self._misses, self._evictions)
+
+    def _pin(self, key: ModelKey, build: Callable[[], nn.Module]) -> _Entry:
+        with self._table:
+            self._table.wait_for(lambda: key not in self._building)
+            entry = self._entries.get(key)
+            if entry is not None:
+                entry.pins += 1
+                entry.hits += 1
+                self._hits += 1
+                self._entries.move_to_end(key)
+                return entry
+            self._misses += 1
+            self._building.add(key)
+        try:
+            self._drop_replaced(key)
+            # The file's size is a fair guess of what is coming, so room is made before, not after, both are in memory.
+            self._trim(key.size)
+            entry = _Entry(key, self.residency.adopt(build(), str(key)))
+            with self._table:
+                self._entries[key] = entry
+        finally:
+            with self._table:
+                self._building.discard(key)
+                self._table.notify_all()
+        self._trim()
+        return entry
+
+    def _unpin(self, entry: _Entry) -> None:
+        with self._table:
+            entry.pins -= 1
+            dropped = self._take_out([entry]) if entry.replaced and not entry.pins else []
+        self._let_go(dropped, "its file was replaced")
+        self._trim()
+
+    def _drop_replaced(self, key: ModelKey) -> None:
+        with self._table:
+            replaced = [entry for entry in self._entries.values() if key.replaces(entry.key)]
+            for entry in replaced:
+                entry.replaced = True  # one that is in use goes when it is unpinned
+            dropped = self._take_out([entry for entry in replaced if not entry.pins])
+        self._let_go(dropped, "its file was replaced")
+
+    def _trim(self, coming: int = 0) -> None:
+        with self._table:
+            excess = self._bytes_held() + coming - self.budget_bytes
+            victims = []
+            for entry in self._entries.values():
+                if excess <= 0:
+                    break
+                if not entry.pins:
+                    victims.append(entry)
+                    excess -= entry.resident.bytes
+            dropped = self._take_out(victims)
+        self._let_go(dropped, f"over the budget of {self.budget_bytes} bytes")
+
+    def _bytes_held(self) -> int:
+        return sum(entry.resident.bytes for entry in self._entries.values())
+
+    def _take_out(self, entries: list[_Entry]) -> list[_Entry]:
+        for entry in entries:
+            del self._entries[entry.key]
+        self._evictions += len(entries)
+        return entries
+
+    def _let_go(self, entries: list[_Entry], reason: str) -> int:
+        """Outside the lock: the last reference to a module dies here, and with it gigabytes of weights."""
+        freed = 0
+        while entries:
+            entry = entries.pop()
+            self.residency.forget(entry.resident)
+            freed += entry.resident.bytes
+            log.info("dropped %s (%d bytes): %s", entry.key, entry.resident.bytes, reason)
+        return freed
