@@ -1,0 +1,35 @@
+"""All checks in a row: lint, format, types, then the tests, whose summary comes last."""
+
+import os
+import shutil
+import subprocess
+
+from . import CACHE, PYTHON, ROOT
+from .environment import apt_install
+
+_CHECKS = (
+    ("ruff check", ["ruff", "check", "."]),
+    ("ruff format", ["ruff", "format", "--check", "."]),
+    ("pyright", ["pyright"]),
+)
+
+
+def run_checks(pytest_arguments: list[str]) -> int:
+    """Give 0 if everything passed; a failed check does not keep the tests from running."""
+    if shutil.which("chromium") is None:
+        apt_install("chromium", "driving the page")
+    environment = os.environ | {"PYRIGHT_PYTHON_CACHE_DIR": str(CACHE / "pyright"), "PYTHONDONTWRITEBYTECODE": "1"}
+    failed = []
+    for name, command in _CHECKS:
+        print(f"check: {name}", flush=True)
+        if _module(command, environment) != 0:
+            failed.append(name)
+    if failed:
+        print(f"FAILED: {', '.join(failed)}; the tests run all the same", flush=True)
+    print("check: pytest", flush=True)
+    return _module(["pytest", *pytest_arguments], environment) or int(bool(failed))
+
+
+def _module(command: list[str], environment: dict[str, str]) -> int:
+    # python -m, because the scripts in .venv/bin break when the clone is moved.
+    return subprocess.run([PYTHON, "-m", *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode

@@ -1,0 +1,89 @@
+"""The host's real page in headless Chromium: what a person at the browser does, as calls."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+from . import RigError
+from .client import Client
+
+_CHROMIUM_OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+)
+# Listens on the page's own socket from before the prompt is queued, so that no end is missed.
+_RUN = """
+(seconds) => new Promise((resolve) => {
+    const kinds = ["execution_success", "execution_error", "execution_interrupted"];
+    const end = (answer) => {
+        for (const kind of kinds) window.app.api.removeEventListener(kind, listen);
+        resolve(answer);
+    };
+    const listen = (event) => end({...event.detail, kind: event.type});
+    for (const kind of kinds) window.app.api.addEventListener(kind, listen);
+    setTimeout(() => end({kind: `no end within ${seconds} s`}), 1000 * seconds);
+    window.app.queuePrompt(0, 1).then(() => {
+        const refused = window.app.lastNodeErrors;
+        if (refused && Object.keys(refused).length) end({kind: "refused", errors: refused});
+    });
+})
+"""
+
+
+class ComfyPage:
+    """A tab with the host's page. errors: what the console and uncaught exceptions have said since it opened."""
+
+    def __init__(self, browser: Browser, client: Client) -> None:
+        # Else the template browser covers the graph on a fresh user's first visit.
+        client.post("/api/settings", {"Comfy.TutorialCompleted": True})
+        self.client = client
+        self.errors: list[str] = []
+        self.page: Page = browser.new_page(viewport={"width": 1600, "height": 900})
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
+        self.page.goto(client.url)
+        self.page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        """Open a workflow as the page does for a dropped file; unknown nodes stay in it as placeholders."""
+        self.page.evaluate("(workflow) => window.app.loadGraphData(workflow)", workflow)
+
+    def node_types(self) -> list[str]:
+        return self.page.evaluate("() => window.app.graph.nodes.map((node) => node.type)")
+
+    def missing_nodes(self) -> list[str]:
+        """Types in the open graph that this page has no node for."""
+        known = self.page.evaluate("() => Object.keys(window.LiteGraph.registered_node_types)")
+        return [kind for kind in self.node_types() if kind not in known]
+
+    def prompt(self) -> dict[str, Any]:
+        """The open graph in API format, by the page's own conversion."""
+        return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+
+    def run(self, seconds: float = 120) -> dict[str, Any]:
+        """Press Run and wait for the end: the last message, with its type as ``kind``."""
+        return self.page.evaluate(_RUN, seconds)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(f"{message.text} ({message.location.get('url', '')})")
+
+
+@contextlib.contextmanager
+def open_browser() -> Iterator[Browser]:
+    executable = shutil.which("chromium")
+    if executable is None:
+        raise RigError("driving the page needs chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=[*_CHROMIUM_OPTIONS])
+        try:
+            yield browser
+        finally:
+            browser.close()
