@@ -1,0 +1,45 @@
+"""The model cache, told as text for people and as plain JSON for the page."""
+
+from typing import Any
+
+from ..pipeline.model_cache import CacheStats
+
+
+def cache_as_json(stats: CacheStats) -> dict[str, Any]:
+    return {
+        "bytes_held": stats.bytes_held,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "evictions": stats.evictions,
+        "entries": [
+            {
+                "component": entry.key.component,
+                "path": str(entry.key.path),
+                "dtype": str(entry.key.dtype).removeprefix("torch."),
+                "bytes": entry.bytes,
+                "hits": entry.hits,
+                "pins": entry.pins,
+                "on_device": entry.on_device,
+            }
+            for entry in stats.entries
+        ],
+    }
+
+
+def cache_as_text(stats: CacheStats) -> str:
+    """One line in all, then one line for each model, the most recently used last."""
+    count = len(stats.entries)
+    head = (
+        f"{count} {'model' if count == 1 else 'models'}, {_megabytes(stats.bytes_held)} held; "
+        f"{stats.hits} hits, {stats.misses} misses, {stats.evictions} evictions"
+    )
+    rows = [
+        f"{entry.key.component} of {'/'.join(entry.key.path.parts[-4:-1])}: "
+        f"{_megabytes(entry.bytes)}, {entry.hits} hits, {'on the device' if entry.on_device else 'in memory'}"
+        for entry in stats.entries
+    ]
+    return "\n".join([head, *rows])
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB"

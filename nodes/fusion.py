@@ -1,0 +1,65 @@
+"""Words and a picture become one condition."""
+
+from ..pipeline.fusion import fuse
+from . import sockets
+from .choices import check_choice
+from .host import io, model_cache
+from .stages import stage
+
+METHODS = ["concat", "weighted", "gated"]
+
+
+class DuetFuse(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuetFuse",
+            display_name="Fuse",
+            category="Duet",
+            description="Joins words and a picture into one condition for Generate. Either may be left out.",
+            inputs=[
+                sockets.Model.Input("model", tooltip="The model whose fusion network joins the two."),
+                sockets.PromptEmbeds.Input(
+                    "prompt_embeds",
+                    optional=True,
+                    tooltip="The words, from Embed text. Left out: the picture alone decides.",
+                ),
+                sockets.ImageFeatures.Input(
+                    "image_features",
+                    optional=True,
+                    tooltip="The picture, from Image features. Left out: the words alone decide.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=METHODS,
+                    default="concat",
+                    tooltip="concat: both side by side through the trained network. weighted: the straight way between "
+                    "what each would give alone. gated: every place of the picture changes over at its own moment.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="How much the picture says: 0 is the text alone, 1 is the picture alone, 0.5 is what the "
+                    "model was trained on: what the words say, in the picture's style.",
+                ),
+            ],
+            outputs=[
+                sockets.Conditioning.Output(
+                    "conditioning", display_name="conditioning", tooltip="The one condition. For Generate."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, method: str | None = None) -> bool | str:
+        return check_choice("Fuse", "method", method, METHODS)
+
+    @classmethod
+    def execute(cls, model, method: str, strength: float, prompt_embeds=None, image_features=None) -> io.NodeOutput:
+        with stage("Fuse", "fusion") as done:
+            fused = fuse(model_cache(), model, prompt_embeds, image_features, method=method, strength=strength)
+        return io.NodeOutput(fused, ui=done.ui(fused.notices))

@@ -1,0 +1,149 @@
+"""The condition becomes a picture, and the picture is finished."""
+
+from ..pipeline.finishing import finish_picture
+from ..pipeline.generation import OnStep, Preview, generate
+from . import sockets
+from .choices import check_choice
+from .host import io, model_cache
+from .host import steps as host_steps
+from .images import over_white, to_colour, to_image, to_mask, to_pil, to_pixels
+from .stages import stage
+
+FITS = ["crop", "pad", "stretch"]
+
+
+class DuetGenerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuetGenerate",
+            display_name="Generate",
+            category="Duet",
+            description="Draws pictures from a condition in a few steps, with a preview after each.",
+            inputs=[
+                sockets.Model.Input("model", tooltip="The model that draws."),
+                sockets.Conditioning.Input("conditioning", tooltip="What to draw, from Fuse."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same picture.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=100,
+                    tooltip="1 to 4 for the built-in model and for turbo models; 20 to 30 for others.",
+                ),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How hard to hold to the words. 1 is plain and fastest; above 1 the negative prompt "
+                    "counts, and every step takes twice as long.",
+                ),
+                io.Int.Input("width", default=512, min=16, max=4096, tooltip="Width of the picture, in pixels."),
+                io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the picture, in pixels."),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to draw at once."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image", tooltip="The pictures, RGB, laid over white."),
+                io.Mask.Output("mask", display_name="mask", tooltip="1 where a picture is transparent: 1 - alpha."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, conditioning, seed: int, steps: int, guidance_scale: float, width: int, height: int, batch_size: int
+    ) -> io.NodeOutput:
+        with stage("Generate", "generation") as done:
+            pictures = generate(
+                model_cache(),
+                model,
+                conditioning,
+                seed=seed,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                width=width,
+                height=height,
+                batch_size=batch_size,
+                on_step=_report(steps),
+            )
+        image = to_image(over_white(pictures.pixels, pictures.alpha))
+        return io.NodeOutput(image, to_mask(pictures.alpha), ui=done.ui(pictures.notices, pictures.milliseconds))
+
+
+class DuetFinishImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuetFinishImage",
+            display_name="Finish image",
+            category="Duet",
+            description="Brings a picture to its last size, and lays it over a colour or keeps it transparent.",
+            inputs=[
+                io.Image.Input("image", tooltip="One picture or a batch; grey, RGB or RGBA."),
+                io.Mask.Input("mask", optional=True, tooltip="1 where the picture is transparent."),
+                io.Int.Input(
+                    "width", default=0, min=0, max=8192, tooltip="Width of the result. 0 keeps the proportions."
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=8192, tooltip="Height of the result. 0 keeps the proportions."
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=FITS,
+                    default="pad",
+                    tooltip="crop: fill the size and cut what sticks out. pad: show all and leave the rest to the "
+                    "background. stretch: squeeze to the size.",
+                ),
+                io.String.Input(
+                    "background",
+                    default="transparent",
+                    tooltip='What lies behind the picture: "transparent" keeps alpha and gives RGBA, which Save Image '
+                    'writes as it is; "#ffffff", "white" and the like lay it over that colour and give RGB.',
+                ),
+                io.Boolean.Input(
+                    "lift_off_white",
+                    default=True,
+                    tooltip="On for pictures of Generate, which come laid over white: soft edges get back their own "
+                    "colour. Off for pictures of Load Image.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "finished", display_name="image", tooltip="RGBA where the background is transparent, else RGB."
+                ),
+                io.Mask.Output("finished_mask", display_name="mask", tooltip="1 where the result is transparent."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, fit: str | None = None) -> bool | str:
+        return check_choice("Finish image", "fit", fit, FITS)
+
+    @classmethod
+    def execute(
+        cls, image, width: int, height: int, fit: str, background: str, lift_off_white: bool, mask=None
+    ) -> io.NodeOutput:
+        with stage("Finish image", "finish") as done:
+            pixels, opacity = to_pixels(image, mask, lies_over_white=lift_off_white)
+            alpha = None if opacity is None else opacity.unsqueeze(1)
+            colour = to_colour(background)
+            finished = finish_picture(pixels, alpha, width=width, height=height, fit=fit, background=colour)
+        return io.NodeOutput(to_image(finished.pixels), to_mask(finished.alpha), ui=done.ui())
+
+
+def _report(total: int) -> OnStep:
+    """Progress, preview and interrupt of the host, as ``generate`` calls for them. The last step needs no preview."""
+    tell = host_steps(total)
+
+    def on_step(step: int, total: int, preview: Preview) -> None:
+        tell(step, to_pil(preview()) if step < total else None)
+
+    return on_step

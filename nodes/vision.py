@@ -1,0 +1,143 @@
+"""A picture is prepared, and becomes features."""
+
+from ..pipeline.image_encoder import encode_image
+from ..pipeline.image_preparation import Augmentation, prepare_image
+from . import sockets
+from .choices import check_choice
+from .host import io, model_cache
+from .images import to_image, to_mask, to_pixels
+from .stages import stage
+
+FITS = ["crop", "pad", "stretch"]
+NORMALISATIONS = ["none", "range", "mean-std"]
+ENCODERS = ["model", "efficientnet-lite0"]
+MASK_TOOLTIP = "Where the picture does not count: 1 where it is transparent, as Load Image gives it."
+
+
+class DuetPrepareImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuetPrepareImage",
+            display_name="Prepare image",
+            category="Duet",
+            description="Makes a picture square, scales it to [0, 1], normalises it and varies it by chance.",
+            inputs=[
+                io.Image.Input("image", tooltip="One picture or a batch; grey, RGB or RGBA."),
+                io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
+                io.Int.Input("size", default=64, min=8, max=2048, tooltip="Width and height of the result, in pixels."),
+                io.Combo.Input(
+                    "fit",
+                    options=FITS,
+                    default="crop",
+                    tooltip="crop: fill the square and cut what sticks out. pad: show all and leave the rest "
+                    "transparent. stretch: squeeze to the square.",
+                ),
+                io.Combo.Input(
+                    "normalise",
+                    options=NORMALISATIONS,
+                    default="none",
+                    tooltip="All stay in [0, 1]. none: as it is. range: each picture's darkest value at 0 and its "
+                    "brightest at 1. mean-std: each picture's mean at the middle, two deviations to either end.",
+                ),
+                io.Float.Input(
+                    "rotate_degrees",
+                    default=0.0,
+                    min=0.0,
+                    max=180.0,
+                    step=1.0,
+                    tooltip="The largest random turn to either side. 0 turns nothing.",
+                ),
+                io.Boolean.Input("flip", default=False, tooltip="Mirror every second picture or so, by chance."),
+                io.Float.Input(
+                    "scale_range",
+                    default=0.0,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    tooltip="The largest random change of scale: 0.2 draws from 0.8 to 1.2. 0 changes nothing.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed varies the same batch in the same way.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("prepared", display_name="image", tooltip="The prepared pictures, RGB, size x size."),
+                io.Mask.Output(
+                    "prepared_mask", display_name="mask", tooltip="1 where it does not count: transparent or padded."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, fit: str | None = None, normalise: str | None = None) -> bool | str:
+        fits = check_choice("Prepare image", "fit", fit, FITS)
+        return fits if fits is not True else check_choice("Prepare image", "normalise", normalise, NORMALISATIONS)
+
+    @classmethod
+    def execute(
+        cls,
+        image,
+        size: int,
+        fit: str,
+        normalise: str,
+        rotate_degrees: float,
+        flip: bool,
+        scale_range: float,
+        seed: int,
+        mask=None,
+    ) -> io.NodeOutput:
+        augmentation = Augmentation(rotate_degrees=rotate_degrees, flip=flip, scale=scale_range)
+        with stage("Prepare image", "preparation") as done:
+            prepared = prepare_image(
+                *to_pixels(image, mask),
+                size=size,
+                fit=fit,
+                normalise=normalise,
+                augmentation=augmentation,
+                seed=seed,
+            )
+        return io.NodeOutput(to_image(prepared.pixels), to_mask(prepared.mask), ui=done.ui())
+
+
+class DuetImageFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuetImageFeatures",
+            display_name="Image features",
+            category="Duet",
+            description="Looks at a picture with an image encoder: what it shows, and how it is drawn.",
+            inputs=[
+                sockets.Model.Input("model", tooltip="The model whose image encoder looks at the picture."),
+                io.Image.Input("image", tooltip="One picture or a batch, of any size; grey, RGB or RGBA."),
+                io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
+                io.Combo.Input(
+                    "encoder",
+                    options=ENCODERS,
+                    default="model",
+                    tooltip="model: the model's own encoder, which Fuse understands. efficientnet-lite0: a CNN that "
+                    "knows ImageNet, where its package is installed.",
+                ),
+            ],
+            outputs=[
+                sockets.ImageFeatures.Output(
+                    "image_features", display_name="image_features", tooltip="The features, for Fuse."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, encoder: str | None = None) -> bool | str:
+        return check_choice("Image features", "encoder", encoder, ENCODERS)
+
+    @classmethod
+    def execute(cls, model, image, encoder: str, mask=None) -> io.NodeOutput:
+        with stage("Image features", "features") as done:
+            features = encode_image(model_cache(), model, *to_pixels(image, mask), encoder=encoder)
+        return io.NodeOutput(features, ui=done.ui(features.notices))
