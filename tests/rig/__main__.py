@@ -50,7 +50,7 @@ def _serve(port: int) -> None:
     from .host import ComfyServer
 
     print("host: starting ComfyUI", flush=True)
-    with ComfyServer(CACHE / "base", port=port) as server:
+    with ComfyServer(CACHE / "serve", port=port) as server:
         print(f"{server.url}\nThe log is {server.log_path.relative_to(ROOT)}. Ctrl-C ends it.", flush=True)
         while server.alive:
             time.sleep(0.5)

@@ -8,7 +8,7 @@ from . import CACHE, PYTHON, ROOT
 from .environment import apt_install
 
 _CHECKS = (
-    ("ruff check", ["ruff", "check", "."]),
+    ("ruff check", ["ruff", "check", "--output-format=concise", "."]),
     ("ruff format", ["ruff", "format", "--check", "."]),
     ("pyright", ["pyright"]),
 )

@@ -3,11 +3,14 @@
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from . import RigError
 
 Prompt = dict[str, dict[str, Any]]
 Listener = Callable[[str, dict[str, Any]], None]
@@ -15,7 +18,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 _PREVIEW_IMAGE = 1  # the host's BinaryEventTypes
 
 
-class PromptRefusedError(Exception):
+class PromptRefusedError(RigError):
     """The host did not queue the prompt; ``answer`` is what it said, with node_errors by node id."""
 
     def __init__(self, answer: dict[str, Any]) -> None:
@@ -58,6 +61,10 @@ class Client:
     def fetch(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return answer.read()
+
+    def fetch_image(self, image: dict[str, str]) -> bytes:
+        """The file of one entry of ``Run.images``."""
+        return self.fetch(f"/view?{urllib.parse.urlencode(image)}")
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
@@ -111,8 +118,8 @@ class Client:
                     run.previews += int.from_bytes(message[:4], "big") == _PREVIEW_IMAGE
                     continue
                 kind, data = (parsed := json.loads(message))["type"], parsed.get("data") or {}
-                if data.get("prompt_id", run.prompt_id) != run.prompt_id:
-                    continue
+                if data.get("prompt_id") != run.prompt_id:
+                    continue  # of another prompt, or the last node of one before, which a new socket is told
                 if kind in ("executing", "execution_success"):
                     now = time.perf_counter()
                     if node is not None:

@@ -17,7 +17,7 @@ def demo() -> None:
     """Run demo.json twice, the second time with another seed, and print what each stage took."""
     prompt: Prompt = json.loads((_HERE / "demo.json").read_text(encoding="utf-8"))
     print("host: starting ComfyUI", flush=True)
-    with ComfyServer(CACHE / "base", output=OUTPUT) as server:
+    with ComfyServer(CACHE / "demo", output=OUTPUT) as server:
         print(f"host: ready at {server.url}", flush=True)
         for picture in _HERE.glob("*.png"):
             shutil.copy(picture, server.input)
@@ -54,21 +54,22 @@ def _title(prompt: Prompt, node: str) -> str:
 
 
 def _print_stages(prompt: Prompt, first: Run, second: Run) -> None:
-    rows = [_stages(prompt, run) for run in (first, second)]
+    cold, warm = _stages(prompt, first), _stages(prompt, second)
+    # The host says nothing more of a node that it need not run again: its stages are known from the first time.
+    for node, stage in first.stages():
+        if node in second.cached:
+            warm[stage["stage"]] = "cached by the host"
     print(f"{'stage':<12}{'first run':<32}another seed")
-    for stage in sorted({*rows[0], *rows[1]}, key=_STAGES.index):
-        print(f"{stage:<12}{rows[0].get(stage, '-'):<32}{rows[1].get(stage, '-')}")
+    for stage in (stage for stage in _STAGES if stage in cold or stage in warm):
+        print(f"{stage:<12}{cold.get(stage, '-'):<32}{warm.get(stage, '-')}".rstrip())
 
 
 def _stages(prompt: Prompt, run: Run) -> dict[str, str]:
-    """Stage name -> its milliseconds and where they went."""
+    """Stage name -> its milliseconds, and whether its model came from Duet's cache."""
     told = {}
-    for node, stage in run.stages():
-        if node in run.cached:
-            told[stage["stage"]] = "cached by the host"
-        else:
-            model = {"loaded": "model loaded", "warm": "model in cache", "none": ""}[stage["model"]]
-            told[stage["stage"]] = f"{stage['milliseconds']:8.1f} ms  {model}"
+    for _, stage in run.stages():
+        model = {"loaded": "model loaded", "warm": "model in cache", "none": ""}[stage["model"]]
+        told[stage["stage"]] = f"{stage['milliseconds']:8.1f} ms  {model}"
     for node in (node for node in run.outputs if prompt[node]["class_type"] == "SaveImage"):
-        told["save"] = "cached by the host" if node in run.cached else f"{run.milliseconds[node]:8.1f} ms"
+        told["save"] = f"{run.milliseconds[node]:8.1f} ms"
     return told
