@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
@@ -10,11 +11,13 @@ from tests.rig.client import Client
 from tests.rig.host import ComfyServer, newest_frontend
 from tests.rig.page import ComfyPage, open_browser
 
+PROBE = Path(__file__).parent / "host" / "probe_node.py"
+
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """The real host with its own page and the pack mounted."""
-    with ComfyServer(tmp_path_factory.mktemp("host")) as server:
+    """The real host with its own page, the pack mounted, and the probe that counts what lives in its process."""
+    with ComfyServer(tmp_path_factory.mktemp("host"), beside=(PROBE,)) as server:
         yield server
 
 

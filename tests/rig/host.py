@@ -63,6 +63,7 @@ class ComfyServer:
     """A server process, alive inside its ``with`` block.
 
     base: its scratch folder, made if missing; what a host keeps (input, models, user, caches) lies there.
+    beside: further custom nodes, files or folders, to mount next to the pack.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ComfyServer:
         port: int | None = None,
         output: Path | None = None,
         front_end_root: Path | None = None,
+        beside: tuple[Path, ...] = (),
         arguments: tuple[str, ...] = (),
     ) -> None:
         self.base = base.resolve()
@@ -79,6 +81,7 @@ class ComfyServer:
         self.output = output or self.base / "output"
         self.log_path = self.base / "comfyui.log"
         self._front_end_root = front_end_root
+        self._mounted = {"ComfyUI-Duet": ROOT} | {path.name: path for path in beside}
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -141,9 +144,10 @@ class ComfyServer:
                 continue
 
     def _mount(self) -> None:
-        link = self.base / "custom_nodes" / "ComfyUI-Duet"
-        link.unlink(missing_ok=True)
-        link.symlink_to(ROOT, target_is_directory=True)
+        for name, target in self._mounted.items():
+            link = self.base / "custom_nodes" / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
 
     def _command(self) -> list[str]:
         options = {
