@@ -1,6 +1,7 @@
 """The host's real page in headless Chromium: what a person at the browser does, as calls."""
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,11 @@ _CHROMIUM_OPTIONS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--no-first-run",
+)
+# What the host's pages themselves say on a fresh 0.3.75: files not yet written, a jobs API it lacks, no internet.
+_HOST_NOISE = re.compile(
+    r"status of 404 .*/(user\.css|favicon\.ico|api/userdata\S*|api/jobs\S*)\)$"
+    r"|Jobs API|JobsApiError|node_id=comfy-core|reading 'id'\)\s+at onChange"
 )
 # Listens on the page's own socket from before the prompt is queued, so that no end is missed.
 _RUN = """
@@ -62,6 +68,10 @@ class ComfyPage:
         """Types in the open graph that this page has no node for."""
         known = self.page.evaluate("() => Object.keys(window.LiteGraph.registered_node_types)")
         return [kind for kind in self.node_types() if kind not in known]
+
+    def pack_errors(self) -> list[str]:
+        """Errors since the page opened, less those that the page makes without the pack too."""
+        return [error for error in self.errors if not _HOST_NOISE.search(error)]
 
     def prompt(self) -> dict[str, Any]:
         """The open graph in API format, by the page's own conversion."""

@@ -1,0 +1,49 @@
+"""Every example workflow run in the real page, its pictures kept beside it as the template browser's thumbnail."""
+
+import io
+import json
+
+from PIL import Image
+
+from . import CACHE, ROOT, RigError
+from .client import Client
+from .host import ComfyServer
+from .page import ComfyPage, open_browser
+
+_SIDE = 400
+
+
+def make_thumbnails() -> None:
+    """Write workflows/<name>.jpg for each workflows/<name>.json."""
+    with ComfyServer(CACHE / "thumbnails") as server, open_browser() as browser:
+        client = Client(server.url)
+        for path in sorted((ROOT / "workflows").glob("*.json")):
+            page = ComfyPage(browser, client)
+            page.load(json.loads(path.read_text(encoding="utf-8")))
+            end = page.run()
+            page.page.close()
+            if end["kind"] != "execution_success":
+                raise RigError(f"{path.name}: {end.get('exception_message') or end}")
+            thumbnail = path.with_suffix(".jpg")
+            _sheet(_saved_pictures(client, end["prompt_id"])).save(thumbnail, quality=85)
+            print(thumbnail.relative_to(ROOT), flush=True)
+
+
+def _saved_pictures(client: Client, prompt_id: str) -> list[Image.Image]:
+    outputs = client.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+    images = [image for ui in outputs.values() for image in ui.get("images", []) if image["type"] == "output"]
+    return [Image.open(io.BytesIO(client.fetch_image(image))) for image in images]
+
+
+def _sheet(pictures: list[Image.Image]) -> Image.Image:
+    """One picture alone, or the first four in a square, each whole and on white."""
+    columns = 1 if len(pictures) == 1 else 2
+    cell = _SIDE // columns
+    sheet = Image.new("RGB", (_SIDE, _SIDE), "white")
+    for index, picture in enumerate(pictures[:4]):
+        scale = cell / max(picture.size)
+        small = picture.convert("RGBA").resize([max(1, round(side * scale)) for side in picture.size], Image.LANCZOS)
+        left = index % columns * cell + (cell - small.width) // 2
+        top = index // columns * cell + (cell - small.height) // 2
+        sheet.paste(small, (left, top), small)
+    return sheet
