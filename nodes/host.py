@@ -145,9 +145,17 @@ class ComfyResidency:
         return moved
 
 
-@functools.cache
+_making_cache = threading.Lock()
+
+
 def model_cache() -> ModelCache:
-    """The one cache of this host, built at its first use. It may hold half of the machine's memory."""
+    """The one cache of this host, made at its first use. It may hold half of the machine's memory."""
+    with _making_cache:
+        return _make_cache()
+
+
+@functools.cache
+def _make_cache() -> ModelCache:
     cache = ModelCache(ComfyResidency(), budget_bytes=memory.get_total_memory(torch.device("cpu")) // 2)
     _empty_when_freed(cache)
     return cache
@@ -197,6 +205,7 @@ def steps(total: int) -> Callable[[int, Image.Image | None], None]:
 # --- model folders ---
 
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+_LONGEST_NAME = 200
 _DEEPEST = 3  # folders below models/diffusers in which a model is looked for
 
 
@@ -206,11 +215,12 @@ def diffusers_names() -> list[str]:
     for root in folder_paths.get_folder_paths("diffusers"):
         for folder, subfolders, files in os.walk(root):
             relative = Path(folder).relative_to(root)
-            if "model_index.json" in files:
+            if "model_index.json" in files and relative.parts:
                 names.add(relative.as_posix())
-            if "model_index.json" in files or len(relative.parts) == _DEEPEST:
                 subfolders.clear()
-    return sorted(names - {"."})
+            if len(relative.parts) == _DEEPEST:
+                subfolders.clear()
+    return sorted(names)
 
 
 def diffusers_folder(name: str) -> Path:
@@ -219,24 +229,24 @@ def diffusers_folder(name: str) -> Path:
     Raises ValueError for a name that leads anywhere else, and for one that is not there.
     """
     _check_name(name)
-    roots = [os.path.realpath(root) for root in folder_paths.get_folder_paths("diffusers")]
+    roots = [Path(root).resolve() for root in folder_paths.get_folder_paths("diffusers")]
     for root in roots:
-        folder = os.path.realpath(os.path.join(root, name))
-        if os.path.commonpath([root, folder]) != root or folder == root:
+        folder = (root / name).resolve()
+        if root not in folder.parents:
             raise ValueError(
-                f"model {name!r} leads out of {root}, by a link; expected a folder inside. "
+                f"model {name!r} leads out of {root}, by a link: expected a folder inside. "
                 "A folder elsewhere can be named in the host's extra_model_paths.yaml"
             )
-        if os.path.isdir(folder):
-            return Path(folder)
-    expected = " or ".join(os.path.join(root, name, "model_index.json") for root in roots)
+        if folder.is_dir():
+            return folder
+    expected = " or ".join(str(root / name / "model_index.json") for root in roots)
     raise ValueError(f"no model {name!r}: expected {expected}; found {', '.join(diffusers_names()) or 'no models'}")
 
 
 def _check_name(name: str) -> None:
     parts = PureWindowsPath(name).parts  # splits at both kinds of slash
-    if not parts or any(ord(character) < 32 for character in name):
-        raise ValueError(f"model name {name!r}: expected the name of a folder in models/diffusers")
+    if not parts or len(name) > _LONGEST_NAME or any(ord(character) < 32 for character in name):
+        raise ValueError(f"model name {name[:_LONGEST_NAME]!r}: expected the name of a folder in models/diffusers")
     if PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute() or ".." in parts:
         raise ValueError(f"model name {name!r} leads out of models/diffusers: expected the name of a folder inside")
     for part in parts:
