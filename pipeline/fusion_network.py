@@ -20,7 +20,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         image_width: int = 256,
         width: int = 1024,
         hidden: int = 1536,
-        blocks: int = 2,
+        num_blocks: int = 2,
         grid: int = 8,
         channels: int = 16,
     ) -> None:
@@ -30,10 +30,9 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.null_text = nn.Parameter(torch.zeros(text_width))
         self.null_image = nn.Parameter(torch.zeros(image_width))
         self.entry = nn.Linear(text_width + image_width, width)
-        self.blocks = nn.ModuleList(_Block(width, hidden) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_Block(width, hidden) for _ in range(num_blocks))
         self.exit_norm = nn.LayerNorm(width)
         self.exit = nn.Linear(width, grid * grid * channels)
-        self.grid, self.channels = grid, channels
 
     def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
         """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels)."""
@@ -48,7 +47,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         hidden = self.entry(joined)
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        return self.exit(self.exit_norm(hidden)).unflatten(-1, (self.grid * self.grid, self.channels))
+        return self.exit(self.exit_norm(hidden)).unflatten(-1, (self.config.grid**2, self.config.channels))
 
 
 class _Block(nn.Module):

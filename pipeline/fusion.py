@@ -1,0 +1,127 @@
+"""Where words and picture meet: fused = F(cat(embed(text), features(picture))), with one dial between the two."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Checkpoint
+from .conditioning import FusedConditioning, ImageFeatures, PromptEmbeds, Space
+from .fusion_network import FusionNetwork
+from .model_cache import ModelCache
+
+Meet = Callable[[FusionNetwork, Tensor, Tensor, float], Tensor]
+
+
+def fuse(
+    cache: ModelCache,
+    checkpoint: Checkpoint,
+    prompt: PromptEmbeds | None,
+    image: ImageFeatures | None,
+    *,
+    method: str = "concat",
+    strength: float = 0.5,
+) -> FusedConditioning:
+    """Words, a picture, or both, as one condition.
+
+    strength: 0 is exactly the words alone, 1 exactly the picture alone; it has no effect when only one of them is given.
+    method: "concat" goes through the trained network at both ends and, at one half, with both sides joined; "weighted" is the straight
+    line between the two ends; "gated" lets each place of the picture choose its own moment to change over.
+    A batch of one meets a batch of any size; otherwise the sizes must agree. Raises ValueError where they do not, where
+    a space is another model's, or where neither side is given.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be 0 (words alone) to 1 (picture alone), got {strength}")
+    if prompt is None and image is None:
+        raise ValueError("expected prompt embeds, image features or both, got neither")
+    if not checkpoint.has("fusion"):
+        return _words_only(checkpoint, prompt, image)
+    _check_spaces(checkpoint, prompt, image)
+
+    words = prompt.pooled if prompt is not None and prompt.mask.any() else None  # an empty prompt is no prompt
+    picture = image.pooled if image is not None else None
+    with checkpoint.use(cache, "fusion") as network, torch.inference_mode():
+        place = next(network.parameters())
+        words, picture = (side.to(place) if side is not None else None for side in (words, picture))
+        if words is not None and picture is not None:
+            words, picture = _same_batch(words, picture)
+            tokens = METHODS[method](network, words, picture, strength)
+        else:
+            tokens = network(words, picture)
+        grid = (network.config.grid, network.config.grid)
+    negative = None
+    if prompt is not None and prompt.negative is not None:
+        negative = fuse(cache, checkpoint, prompt.negative, image, method=method, strength=strength)
+    return FusedConditioning(
+        tokens=tokens,
+        pooled=None,
+        mask=torch.ones(tokens.shape[:2], dtype=torch.bool),
+        space=Space(checkpoint.identity_of("fusion"), "latent grid", tokens.shape[-1]),
+        grid=grid,
+        negative=negative,
+        notices=prompt.notices if prompt is not None else (),
+    )
+
+
+def _concat(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
+    """A path through the three points that the network was trained on: words, both, picture."""
+    if strength <= 0.5:
+        return _between(network(words, None), network(words, picture) if strength > 0 else None, 2 * strength)
+    return _between(network(words, picture), network(None, picture), 2 * strength - 1)
+
+
+def _weighted(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
+    return _between(network(words, None), network(None, picture), strength)
+
+
+def _gated(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
+    """gate = strength ** (|words| / |picture|) at each token: where the picture says more, it takes over earlier."""
+    from_words, from_picture = network(words, None), network(None, picture)
+    said = [side.norm(dim=-1, keepdim=True).clamp(min=1e-6) for side in (from_words, from_picture)]
+    gate = strength ** (said[0] / said[1])
+    return (
+        from_words + gate * (from_picture - from_words)
+        if 0 < strength < 1
+        else (from_words, from_picture)[int(strength)]
+    )
+
+
+METHODS: dict[str, Meet] = {"concat": _concat, "weighted": _weighted, "gated": _gated}
+
+
+def _between(start: Tensor, end: Tensor | None, share: float) -> Tensor:
+    """Exact at both ends, which ``torch.lerp`` is not promised to be."""
+    if end is None or share == 0:
+        return start
+    return end if share == 1 else torch.lerp(start, end, share)
+
+
+def _same_batch(words: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+    sizes = words.shape[0], picture.shape[0]
+    if 1 not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"expected batches of one size, or one of them of size 1, got {sizes[0]} prompts and {sizes[1]} pictures"
+        )
+    return words.expand(max(sizes), -1), picture.expand(max(sizes), -1)
+
+
+def _check_spaces(checkpoint: Checkpoint, prompt: PromptEmbeds | None, image: ImageFeatures | None) -> None:
+    for side, component in ((prompt, "text_encoder"), (image, "image_encoder")):
+        if side is not None and side.space.model != checkpoint.identity_of(component):
+            raise ValueError(
+                f"expected embeddings of {checkpoint.identity_of(component)}, got embeddings of {side.space}"
+            )
+
+
+def _words_only(checkpoint: Checkpoint, prompt: PromptEmbeds | None, image: ImageFeatures | None) -> FusedConditioning:
+    if image is not None or prompt is None:
+        raise ValueError(
+            f"expected words alone, since {checkpoint.folder.name} has no fusion network, got image features"
+        )
+    _check_spaces(checkpoint, prompt, None)
+    negative = _words_only(checkpoint, prompt.negative, None) if prompt.negative is not None else None
+    return FusedConditioning(
+        prompt.tokens, prompt.pooled, prompt.mask, prompt.space, negative=negative, notices=prompt.notices
+    )  # fmt: skip

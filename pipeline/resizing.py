@@ -1,0 +1,38 @@
+"""Making a picture fit a frame. One place, so that preparing, generating and finishing agree on what crop and pad mean."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FITS = ("crop", "pad", "stretch")
+
+
+def fit_to(pixels: Tensor, width: int, height: int, fit: str, fill: float = 0.0) -> Tensor:
+    """(B, C, H, W) -> (B, C, height, width), anti-aliased, values kept within the range they came in.
+
+    crop: the shorter side fills the frame and the rest is cut evenly; pad: the longer side fits and the rest is
+    ``fill``; stretch: both sides fit and the proportions change. Raises ValueError for any other ``fit``.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+    old_height, old_width = pixels.shape[-2:]
+    if fit == "stretch":
+        return _resample(pixels, width, height)
+    ratios = (width / old_width, height / old_height)
+    scale = max(ratios) if fit == "crop" else min(ratios)
+    new_width, new_height = max(1, round(old_width * scale)), max(1, round(old_height * scale))
+    resized = _resample(pixels, new_width, new_height)
+    if fit == "crop":
+        left, top = (new_width - width) // 2, (new_height - height) // 2
+        return resized[..., top : top + height, left : left + width]
+    framed = torch.full((*pixels.shape[:2], height, width), fill, dtype=pixels.dtype, device=pixels.device)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    framed[..., top : top + new_height, left : left + new_width] = resized
+    return framed
+
+
+def _resample(pixels: Tensor, width: int, height: int) -> Tensor:
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    low, high = pixels.amin(), pixels.amax()  # bicubic overshoots at edges
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(low, high)
