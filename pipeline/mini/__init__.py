@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-MODEL_FOLDER = Path(__file__).parent / "model"
+MODEL_FOLDER = Path(__file__).parent / "duet-mini"

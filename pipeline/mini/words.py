@@ -5,6 +5,7 @@ follow a multilingual sentence encoder on dictionary words and captions of both 
 shared centre of the concept's English and Chinese names, so that either language finds the same picture.
 """
 
+import json
 import logging
 import random
 from dataclasses import dataclass
@@ -25,13 +26,8 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 40
 WORD_VECTOR = 512
 CHINESE_WORDS = 60_000
-# Phrases that people put around the name of a thing. {} is the name.
-PHRASES = {
-    "en": ("{}", "a {}", "the {}", "a picture of {}", "a beautiful {}", "a cute {}", "{} icon", "{} sticker",
-           "draw me a {}", "one lovely {}, please", "a small {} on a white background", "emoji of {}"),
-    "zh": ("{}", "一个{}", "{}图标", "一张{}的图片", "一朵美丽的{}", "美丽的{}", "可爱的{}", "画一个{}", "一只可爱的{}",
-           "{}表情", "一幅{}的画", "白色背景上的{}", "请画一朵美丽的{}花"),
-}  # fmt: skip
+# Phrases that people put around the name of a thing, by language. {} is the name.
+PHRASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,10 @@ def build_tokenizer(captions: Captions, vocabulary: int = 12_000) -> PreTrainedT
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.BertNormalizer(lowercase=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, limit_alphabet=8_000, min_frequency=2, special_tokens=["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
+        vocab_size=vocabulary,
+        limit_alphabet=8_000,
+        min_frequency=2,
+        special_tokens=["[PAD]", "[UNK]", "[BOS]", "[EOS]"],
     )
     tokenizer.train_from_iterator(captions.texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -140,7 +139,9 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModelWithProjection:
     )  # fmt: skip
 
 
-def train_text_encoder(work: Path, tokenizer: PreTrainedTokenizerFast, captions: Captions, plan: Plan, batch: int = 256):
+def train_text_encoder(
+    work: Path, tokenizer: PreTrainedTokenizerFast, captions: Captions, plan: Plan, batch: int = 256
+):
     """Loss: cosine distance to the teaching vector, plus telling the concepts apart by name."""
     torch.manual_seed(0)
     encoded = tokenizer(captions.texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
@@ -164,7 +165,9 @@ def train_text_encoder(work: Path, tokenizer: PreTrainedTokenizerFast, captions:
         rows = rows[start : start + batch]
         longest = max(len(encoded[row]) for row in rows)
         ids = torch.tensor([encoded[row] + [0] * (longest - len(encoded[row])) for row in rows])
-        vectors = F.normalize(parts["text_encoder"](input_ids=ids, attention_mask=(ids != 0).long()).text_embeds, dim=-1)
+        vectors = F.normalize(
+            parts["text_encoder"](input_ids=ids, attention_mask=(ids != 0).long()).text_embeds, dim=-1
+        )
         chosen = torch.tensor(rows)
         follow = 4 * (1 - (vectors * targets[chosen]).sum(-1)).mean()
         named = is_name[chosen]
@@ -177,7 +180,9 @@ def train_text_encoder(work: Path, tokenizer: PreTrainedTokenizerFast, captions:
 
 
 @torch.no_grad()
-def embed_texts(encoder: CLIPTextModelWithProjection, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+def embed_texts(
+    encoder: CLIPTextModelWithProjection, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> torch.Tensor:
     """(N, 512) text_embeds, as the pipeline's own text stage gives them for a prompt of one window."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     vectors = torch.empty(len(texts), WORD_VECTOR)

@@ -1,0 +1,71 @@
+"""The small model's autoencoder: RGBA 64x64 <-> 16 channels on an 8x8 grid."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor, nn
+
+from .loop import Plan, run_stage
+from .pictures import PictureSet
+
+LATENT_NOISE = 0.15  # relative; the decoder must forgive what the fusion network gets slightly wrong
+
+
+def new_autoencoder() -> AutoencoderDC:
+    """A deep-compression autoencoder (arXiv 2410.10733) without attention: its residual shortcuts learn in minutes."""
+    channels = (16, 32, 64, 128)
+    return AutoencoderDC(
+        in_channels=4,
+        latent_channels=16,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(0, 1, 1, 1),
+        decoder_layers_per_block=(0, 1, 2, 2),
+        encoder_qkv_multiscales=((), (), (), ()),
+        decoder_qkv_multiscales=((), (), (), ()),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=1.0,
+    ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def to_model_range(pixels: np.ndarray | Tensor) -> Tensor:
+    """(B, H, W, 4) uint8 -> (B, 4, H, W) float in -1..1, channels last in memory."""
+    return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
+    """L1 on values and on edges, both (B, 4, H, W)."""
+    across = (made.diff(dim=-1) - wanted.diff(dim=-1)).abs().mean()
+    down = (made.diff(dim=-2) - wanted.diff(dim=-2)).abs().mean()
+    return (made - wanted).abs().mean() + across + down
+
+
+def train_autoencoder(work: Path, pictures: PictureSet, plan: Plan, batch: int = 32) -> AutoencoderDC:
+    torch.manual_seed(0)
+    rows = pictures.training_rows()
+    parts = nn.ModuleDict({"vae": new_autoencoder()})
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        pick = np.random.default_rng(step)
+        wanted = to_model_range(pictures.pixels[np.sort(pick.choice(rows, batch, replace=False))])
+        if pick.random() < 0.5:
+            wanted = wanted.flip(-1)
+        latents = parts["vae"].encode(wanted).latent
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+        made = parts["vae"].decode(latents + LATENT_NOISE * latents.detach().std() * noise).sample
+        return {"picture": picture_loss(made, wanted), "size": 1e-4 * latents.square().mean()}
+
+    return run_stage("autoencoder", work, plan, parts, loss_at)["vae"]
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderDC, pixels: np.ndarray) -> Tensor:
+    """(N, S, S, 4) uint8 -> latents (N, 16, S/8, S/8), unscaled."""
+    return torch.cat(
+        [vae.encode(to_model_range(chunk)).latent for chunk in np.array_split(pixels, max(1, len(pixels) // 64))]
+    )

@@ -1,0 +1,175 @@
+"""Train the small model from nothing: ``python -m pipeline.mini.train``.
+
+Fetches the pictures and words, teaches each part in turn, and writes the diffusers folder that the pack ships. Every
+stage resumes from its last checkpoint after a kill and is passed over when it is finished. Needs the optional group ``train``.
+"""
+
+import argparse
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
+
+from ..fusion_network import FusionNetwork
+from . import MODEL_FOLDER
+from .autoencoder import encode_pictures, train_autoencoder
+from .fusion_stage import Tables, train_fusion
+from .generator_stage import train_generator
+from .loop import Plan
+from .pictures import PictureSet, load_pictures
+from .vision import augment, embed_pictures, over_background, train_image_encoder
+from .words import Captions, build_captions, build_tokenizer, dictionary_words, embed_texts, train_text_encoder
+
+logger = logging.getLogger(__name__)
+
+# Steps are for two cores; with more time, longer plans go on getting better (fusion above all).
+PLANS = {
+    "text": Plan(steps=2600, learning_rate=1e-3),
+    "vision": Plan(steps=2200, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
+    "autoencoder": Plan(steps=2600, learning_rate=2e-3, warmup=100, weight_decay=0.0),
+    "fusion": Plan(steps=6500, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "generator": Plan(steps=3000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
+}
+VIEWS = 4  # of each picture, the first one clean
+
+COMPONENTS = {
+    "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "image_encoder": ("transformers", "ResNetModel"),
+    "fusion": ("duet", "FusionNetwork"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderDC"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/mini"), help="where packages, checkpoints and curves go"
+    )
+    parser.add_argument("--until", choices=list(PLANS), default="generator", help="stop after this stage")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="the folder to write at the end")
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(chosen.threads)
+    wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
+    work: Path = chosen.work
+
+    pictures = load_pictures(work)
+    captions = _captions(work, pictures)
+    tokenizer = _tokenizer(work, captions)
+    text_encoder = _stage(work / "text_encoder", CLIPTextModelWithProjection,
+                          lambda: train_text_encoder(work, tokenizer, captions, PLANS["text"]))  # fmt: skip
+    if "vision" not in wanted:
+        return
+    image_encoder = _stage(work / "image_encoder", ResNetModel,
+                           lambda: train_image_encoder(work, pictures, PLANS["vision"]))  # fmt: skip
+    if "autoencoder" not in wanted:
+        return
+    vae = _stage(work / "vae", AutoencoderDC, lambda: train_autoencoder(work, pictures, PLANS["autoencoder"]))
+    if "fusion" not in wanted:
+        return
+    tables = _tables(work, pictures, captions, tokenizer, text_encoder, image_encoder, vae)
+    fusion = _stage(work / "fusion", FusionNetwork, lambda: train_fusion(work, pictures, tables, PLANS["fusion"]))
+    if "generator" not in wanted:
+        return
+    unet = _stage(work / "unet", UNet2DConditionModel,
+                  lambda: train_generator(work, pictures, tables, fusion, PLANS["generator"]))  # fmt: skip
+    export(work, chosen.model, unet)
+
+
+def _stage(folder: Path, kind, train):
+    """The finished part from ``folder``, trained first if it is not there."""
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        train().save_pretrained(partial)
+        partial.rename(folder)
+    return kind.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def _captions(work: Path, pictures: PictureSet) -> Captions:
+    stored = work / "captions.pkl"  # written and read by this command only
+    if not stored.exists():
+        captions = build_captions(pictures.concepts, pictures.held_out().concepts, dictionary_words())
+        stored.write_bytes(pickle.dumps(captions))
+    return pickle.loads(stored.read_bytes())
+
+
+def _tokenizer(work: Path, captions: Captions) -> PreTrainedTokenizerFast:
+    folder = work / "tokenizer"
+    if not folder.exists():
+        build_tokenizer(captions).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@torch.no_grad()
+def _tables(
+    work: Path, pictures: PictureSet, captions: Captions, tokenizer, text_encoder, image_encoder, vae
+) -> Tables:
+    stored = work / "tables.pt"
+    if not stored.exists():
+        logger.info("encoding every caption and picture once")
+        of_concepts = np.flatnonzero(captions.concept >= 0)
+        generator = torch.Generator().manual_seed(0)
+        clean = over_background(pictures.pixels)
+        views = [clean, *(augment(clean, generator) for _ in range(VIEWS - 1))]
+        latents = encode_pictures(vae, pictures.pixels)
+        partial = stored.with_suffix(".partial")
+        torch.save(
+            {
+                "captions": embed_texts(text_encoder, tokenizer, [captions.texts[row] for row in of_concepts]),
+                "caption_concept": torch.from_numpy(captions.concept[of_concepts]),
+                "caption_is_name": torch.from_numpy(captions.is_name[of_concepts]),
+                "features": torch.stack([embed_pictures(image_encoder, view) for view in views], dim=1),
+                "latents": latents / latents.std(),
+                "scaling_factor": 1 / latents.std(),
+            },
+            partial,
+        )
+        partial.rename(stored)
+    read = torch.load(stored, weights_only=True)
+    return Tables(
+        read["captions"],
+        read["caption_concept"].numpy(),
+        read["caption_is_name"].numpy(),
+        read["features"],
+        read["latents"],
+    )
+
+
+def export(work: Path, target: Path, unet: UNet2DConditionModel) -> None:
+    """Write the diffusers folder, weights in half precision; the model card and licences beside it are left alone."""
+    scaling_factor = float(torch.load(work / "tables.pt", weights_only=True)["scaling_factor"])
+    target.mkdir(parents=True, exist_ok=True)
+    parts = {
+        "text_encoder": CLIPTextModelWithProjection.from_pretrained(work / "text_encoder"),
+        "image_encoder": ResNetModel.from_pretrained(work / "image_encoder"),
+        "fusion": FusionNetwork.from_pretrained(work / "fusion"),
+        "unet": unet,
+        "vae": AutoencoderDC.from_pretrained(work / "vae"),
+    }
+    parts["vae"].register_to_config(scaling_factor=scaling_factor)
+    for name, part in parts.items():
+        part.half().save_pretrained(target / name, safe_serialization=True)
+    PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(target / "tokenizer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(target / "scheduler")
+    index = {
+        "_class_name": "DuetMiniPipeline",
+        "_diffusers_version": "0.42.1",
+        **{k: list(v) for k, v in COMPONENTS.items()},
+    }
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
