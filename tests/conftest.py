@@ -1,7 +1,6 @@
 """What the tests share for a whole session: real servers, started when first asked for, and one browser."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -39,20 +38,15 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
+@pytest.fixture(scope="session", params=["host", "newest_host"], ids=["own page", "newest page"])
+def tab(request: pytest.FixtureRequest, browser: Browser) -> ComfyPage:
+    """One tab for all tests, with the host's own page and then with the newest: opening one takes seconds."""
+    server: ComfyServer = request.getfixturevalue(request.param)
+    return ComfyPage(browser, Client(server.url))
+
+
 @pytest.fixture
-def open_page(browser: Browser):
-    """Call it with a server for a fresh tab; all tabs close with the test."""
-    with ExitStack() as tabs:
-
-        def open_tab(server: ComfyServer) -> ComfyPage:
-            tab = ComfyPage(browser, Client(server.url))
-            tabs.callback(tab.page.close)
-            return tab
-
-        yield open_tab
-
-
-@pytest.fixture(params=["host", "newest_host"], ids=["own page", "newest page"])
-def page(request: pytest.FixtureRequest, open_page) -> ComfyPage:
-    """A fresh tab, once on the host's own page and once on the newest."""
-    return open_page(request.getfixturevalue(request.param))
+def page(tab: ComfyPage) -> ComfyPage:
+    """The tab, its errors forgotten."""
+    tab.errors.clear()
+    return tab

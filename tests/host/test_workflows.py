@@ -24,6 +24,11 @@ def test_the_template_browser_lists_them(client: Client):
         assert client.fetch(f"/api/workflow_templates/ComfyUI-Duet/{name}.jpg").startswith(b"\xff\xd8")
 
 
+def test_the_page_opens_without_an_error_from_the_pack(tab: ComfyPage):
+    assert tab.opening_errors == []
+    assert tab.page.evaluate("() => window.app.extensions.some(({name}) => /duet/i.test(name))")
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_it_opens_and_runs(page: ComfyPage, path: Path):
     workflow = json.loads(path.read_text(encoding="utf-8"))

@@ -19,10 +19,12 @@ _CHROMIUM_OPTIONS = (
     "--disable-component-update",
     "--no-first-run",
 )
-# What the host's pages themselves say on a fresh 0.3.75: files not yet written, a jobs API it lacks, no internet.
+# What the host's pages say on a fresh 0.3.75 without the pack: files not yet written, a jobs API that it lacks, and
+# its own code asking the internet about nodes and models, which --disable-api-nodes forbids.
 _HOST_NOISE = re.compile(
     r"status of 404 .*/(user\.css|favicon\.ico|api/userdata\S*|api/jobs\S*)\)$"
-    r"|Jobs API|JobsApiError|node_id=comfy-core|reading 'id'\)\s+at onChange"
+    r"|Content Security Policy.*/assets/\S+\)$"
+    r"|Jobs API|JobsApiError|reading 'id'\)\s+at onChange"
 )
 # Listens on the page's own socket from before the prompt is queued, so that no end is missed.
 _RUN = """
@@ -44,7 +46,7 @@ _RUN = """
 
 
 class ComfyPage:
-    """A tab with the host's page. errors: what the console and uncaught exceptions have said since it opened."""
+    """A tab with the host's page. errors: what the console and uncaught exceptions have said; clear it at will."""
 
     def __init__(self, browser: Browser, client: Client) -> None:
         # Else the template browser covers the graph on a fresh user's first visit.
@@ -56,6 +58,8 @@ class ComfyPage:
         self.page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
         self.page.goto(client.url)
         self.page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)
+        self.page.wait_for_load_state("networkidle")
+        self.opening_errors = self.pack_errors()
 
     def load(self, workflow: dict[str, Any]) -> None:
         """Open a workflow as the page does for a dropped file; unknown nodes stay in it as placeholders."""
@@ -70,7 +74,7 @@ class ComfyPage:
         return [kind for kind in self.node_types() if kind not in known]
 
     def pack_errors(self) -> list[str]:
-        """Errors since the page opened, less those that the page makes without the pack too."""
+        """The errors, less those that the page makes without the pack too."""
         return [error for error in self.errors if not _HOST_NOISE.search(error)]
 
     def prompt(self) -> dict[str, Any]:
