@@ -1,9 +1,8 @@
 """A diffusers folder on disk -> validated components. Offline; classes from an allow-list; safetensors only."""
 
 import hashlib
-import importlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,66 +13,22 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from .components import Component, check_model, either, open_component
 from .families import FAMILIES, Family
 from .model_cache import ModelCache, ModelKey
 from .residency import is_out_of_memory
-from .safetensors_files import CheckpointError, check_weights, read_json, shard_names
+from .safetensors_files import CheckpointError, read_json
 
 __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]
 
-# What a folder may ask for, by library. Anything else is refused: or a file would choose which code runs.
-_MODELS = {
-    "diffusers": {"AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "UNet2DConditionModel"},
-    "transformers": {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection", "ResNetModel"},
-    "duet": {"FusionNetwork"},
-}
-_TOKENIZERS = {"transformers": {"CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast"}}
-_SCHEDULERS = {
-    "diffusers": {
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "DPMSolverMultistepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LCMScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "TCDScheduler",
-        "UniPCMultistepScheduler",
-    }
-}
 # Parts of common folders that Duet has no use for.
 _IGNORED = {"feature_extractor", "safety_checker"}
 
 # from_pretrained changes torch's default dtype, and its initialisers, for the whole process while it runs.
 _building = threading.Lock()
 
-
-@dataclass(frozen=True)
-class Component:
-    """One part of a checkpoint. config: its JSON file; weights: its files, none for a tokenizer or a scheduler.
-
-    variant: the infix of the weights' names, such as "fp16"; digest: of all its weights files.
-    """
-
-    name: str
-    library: str
-    class_name: str
-    config: Path
-    weights: tuple[Path, ...] = ()
-    variant: str | None = None
-    digest: str = ""
-
-    @property
-    def folder(self) -> Path:
-        return self.config.parent
-
-    def load_class(self) -> Any:
-        if self.library == "duet":
-            return getattr(importlib.import_module(".fusion_network", __package__), self.class_name)
-        return getattr(importlib.import_module(self.library), self.class_name)
+# What the libraries raise on files that are not what they should be.
+_LOADING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -99,6 +54,8 @@ class Checkpoint:
     def key(self, component: str, dtype: torch.dtype | None = None) -> ModelKey:
         """The component as it lies on disk now. dtype: float32 unless given."""
         part = self._component(component)
+        if not part.weights:
+            raise CheckpointError(f"{part.folder}: expected a component with weights, found a {part.class_name}")
         try:
             files = [path.stat() for path in (part.config, *part.weights)]
         except OSError as error:
@@ -118,8 +75,7 @@ class Checkpoint:
         Raises CheckpointError if the weights are not those of the component's class.
         """
         part = self._component(component)
-        for path in part.weights:
-            check_weights(path)  # again: it may have been replaced since the folder was opened
+        check_model(part.config, part.weights)  # again: they may have been replaced since the folder was opened
         try:
             with _building, torch.inference_mode(False):
                 module, report = part.load_class().from_pretrained(
@@ -133,7 +89,7 @@ class Checkpoint:
                     **({} if part.library == "transformers" else {"low_cpu_mem_usage": False}),
                 )
                 _own(module)
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        except (*_LOADING_ERRORS, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{part.folder}: expected weights of a {part.class_name}, got: {error}") from error
@@ -180,10 +136,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index = read_json(index_path)
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in FAMILIES:
-        raise CheckpointError(f"{index_path}: expected a {_either(FAMILIES)}, found {pipeline!r}")
+        raise CheckpointError(f"{index_path}: expected a {either(FAMILIES)}, found {pipeline!r}")
     family = FAMILIES[pipeline]
     components = {
-        name: _open_component(index_path, name, entry)
+        name: open_component(index_path, name, entry)
         for name, entry in index.items()
         if isinstance(entry, list) and entry != [None, None] and name not in _IGNORED
     }
@@ -194,70 +150,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, family, MappingProxyType(components), f"{folder.name}@{digest.hexdigest()[:12]}")
 
 
-def _open_component(index: Path, name: str, entry: list[Any]) -> Component:
-    if not name.isidentifier() or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-        raise CheckpointError(f"{index}: expected a name with [library, class], found {name!r} with {entry!r}")
-    library, class_name = entry
-    folder = index.parent / name
-    for kinds, find in ((_MODELS, _open_model), (_TOKENIZERS, _open_tokenizer), (_SCHEDULERS, _open_scheduler)):
-        if class_name in kinds.get(library, ()):
-            return find(name, library, class_name, folder)
-    allowed = {
-        class_name for kinds in (_MODELS, _TOKENIZERS, _SCHEDULERS) for names in kinds.values() for class_name in names
-    }
-    raise CheckpointError(f"{index}: {name} is a {class_name} of {library}; expected {_either(allowed)}")
-
-
-def _open_model(name: str, library: str, class_name: str, folder: Path) -> Component:
-    config = folder / "config.json"
-    read_json(config)
-    paths, variant = _find_weights(folder, "model" if library == "transformers" else "diffusion_pytorch_model")
-    files = [check_weights(path) for path in paths]
-    digest = hashlib.sha256("".join(f"{file.size}:{file.digest};" for file in files).encode()).hexdigest()
-    return Component(name, library, class_name, config, tuple(paths), variant, digest)
-
-
-def _open_tokenizer(name: str, library: str, class_name: str, folder: Path) -> Component:
-    config = folder / "tokenizer_config.json"
-    read_json(config)
-    if not (folder / "tokenizer.json").is_file() and not (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    ):
-        raise CheckpointError(
-            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt; found {_listing(folder)}"
-        )
-    return Component(name, library, class_name, config)
-
-
-def _open_scheduler(name: str, library: str, class_name: str, folder: Path) -> Component:
-    config = folder / "scheduler_config.json"
-    read_json(config)
-    return Component(name, library, class_name, config)
-
-
-def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
-    """The files of a component, whole or in shards, in the full or the fp16 variant; the full one first."""
-    for variant in (None, "fp16"):
-        infix = f".{variant}" if variant else ""
-        if (whole := folder / f"{stem}{infix}.safetensors").exists():
-            return [whole], variant
-        if (index := folder / f"{stem}.safetensors.index{infix}.json").exists():
-            return [folder / name for name in shard_names(index)], variant
-    raise CheckpointError(f"expected weights at {folder / stem}.safetensors, found {_listing(folder)}")
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if pickled:
-        return f"{pickled[0]}, a Python pickle, which can run code and is never opened: convert it to safetensors"
-    return ", ".join(names[:10]) or "an empty folder"
-
-
 def _read(part: Component, from_pretrained: Any) -> Any:
     try:
         return from_pretrained(str(part.folder), local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except _LOADING_ERRORS as error:
         raise CheckpointError(f"{part.folder}: expected a {part.class_name}, got: {error}") from error
 
 
@@ -266,7 +162,3 @@ def _own(module: nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.untyped_storage().resizable():
             tensor.data = tensor.data.clone()
-
-
-def _either(names: Iterable[str]) -> str:
-    return " or ".join(sorted(names))

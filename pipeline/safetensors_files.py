@@ -36,11 +36,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A safetensors file that is whole. digest: of its header and a sample of its bytes, so it costs no full read."""
+    """A safetensors file that is whole. tensors: how many; digest: of its header and a sample of its bytes."""
 
     path: Path
     size: int
-    mtime_ns: int
+    tensors: int
     digest: str
 
 
@@ -50,7 +50,8 @@ def check_weights(path: Path) -> WeightsFile:
         status = os.fstat(file.fileno())
         header = _header(path, file, status.st_size)
         data_start = 8 + len(header)
-        expected = data_start + _data_bytes(path, header)
+        tensors, data_bytes = _layout(path, header)
+        expected = data_start + data_bytes
         if status.st_size < expected:
             raise CheckpointError(
                 f"{path} is truncated: expected {expected:,} bytes, found {status.st_size:,}. Fetch it again"
@@ -64,7 +65,7 @@ def check_weights(path: Path) -> WeightsFile:
         for place in range(_SAMPLES):
             file.seek(data_start + (expected - data_start) * place // _SAMPLES)
             digest.update(file.read(_SAMPLE_BYTES))
-    return WeightsFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
+    return WeightsFile(path, status.st_size, tensors, digest.hexdigest())
 
 
 def read_json(path: Path, largest: int = 2**20) -> dict[str, Any]:
@@ -138,8 +139,8 @@ def _looks_like(start: bytes, length: int, size: int) -> str:
     return f"{size:,} bytes of something else, which starts with {start[:16]!r}"
 
 
-def _data_bytes(path: Path, header: bytes) -> int:
-    """How many bytes the tensors of a header take together, once it is certain that they lie end to end."""
+def _layout(path: Path, header: bytes) -> tuple[int, int]:
+    """How many tensors a header describes, and how many bytes they take, once it is sure that they lie end to end."""
     entries = _parse(path, header)
     entries.pop("__metadata__", None)
     spans = sorted(_span(path, name, entry) for name, entry in entries.items())
@@ -148,7 +149,7 @@ def _data_bytes(path: Path, header: bytes) -> int:
         if start != end:
             raise CheckpointError(f"{path}: expected tensor {_shown(name)} to start at byte {end}, it claims {start}")
         end = stop
-    return end
+    return len(spans), end
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:

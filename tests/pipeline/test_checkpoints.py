@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -362,6 +363,41 @@ def test_an_index_that_is_no_index(mini: Path, text: str):
     refused(mini, str(mini / "model_index.json"))
 
 
+@pytest.mark.parametrize(
+    ("component", "changes", "parts"),
+    [
+        ("text_encoder", {"attn_implementation": "somebody/kernel"}, ["attn_implementation 'somebody/kernel'"]),
+        ("text_encoder", {"_attn_implementation": {"": "somebody/kernel"}}, ["the attention of torch"]),
+        ("text_encoder", {"text_config": {"attn_implementation": "somebody/kernel"}}, ["the attention of torch"]),
+        ("text_encoder", {"quantization_config": {"quant_method": "hqq"}}, ["expected plain weights"]),
+        ("unet", {"quantization_config": {"quant_method": "gguf"}}, ["expected plain weights"]),
+        ("text_encoder", {"num_hidden_layers": 10**9}, ["num_hidden_layers", "found 1000000000"]),
+        ("image_encoder", {"depths": [1, 10**9]}, ["depths", "found 1000000000"]),
+        ("unet", {"layers_per_block": 10**9}, ["layers_per_block", "found 1000000000"]),
+    ],
+    ids=range(8),
+)
+def test_a_config_that_would_fetch_code_or_never_end(mini: Path, component: str, changes: dict, parts: list[str]):
+    config = mini / component / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    refused(mini, str(config), *parts)
+
+
+def test_nothing_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("reached for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for folder in ("mini", "sd15"):
+        checkpoint = open_checkpoint(saved / folder)
+        for component, part in checkpoint.components.items():
+            if part.weights:
+                checkpoint.build(component)
+        checkpoint.tokenizer()
+        checkpoint.scheduler()
+
+
 def build_refused(checkpoint: Checkpoint, cache: ModelCache, component: str, *parts: str) -> None:
     """Building is refused, and leaves nothing in the cache."""
     with pytest.raises(CheckpointError) as raised, checkpoint.use(cache, component):
@@ -403,3 +439,5 @@ def test_weights_spoiled_after_opening(mini: Path, cache: ModelCache):
 def test_a_component_that_is_not_there(saved: Path):
     with pytest.raises(CheckpointError, match="expected a component 'fusion', found scheduler, text_encoder"):
         open_checkpoint(saved / "sd15").key("fusion")
+    with pytest.raises(CheckpointError, match="expected a component with weights, found a PNDMScheduler"):
+        open_checkpoint(saved / "sd15").key("scheduler")

@@ -1,0 +1,153 @@
+"""One component of a checkpoint: which class it may be, and which files it is made of."""
+
+import hashlib
+import importlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .safetensors_files import CheckpointError, check_weights, read_json, shard_names
+
+# What a folder may ask for, by library. Anything else is refused: or a file would choose which code runs.
+_MODELS = {
+    "diffusers": {"AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "UNet2DConditionModel"},
+    "transformers": {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection", "ResNetModel"},
+    "duet": {"FusionNetwork"},
+}
+_TOKENIZERS = {"transformers": {"CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast"}}
+_SCHEDULERS = {
+    "diffusers": {
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    }
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a checkpoint. config: its JSON file; weights: its files, none for a tokenizer or a scheduler.
+
+    variant: the infix of the weights' names, such as "fp16"; digest: of all its weights files.
+    """
+
+    name: str
+    library: str
+    class_name: str
+    config: Path
+    weights: tuple[Path, ...] = ()
+    variant: str | None = None
+    digest: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.parent
+
+    def load_class(self) -> Any:
+        if self.library == "duet":
+            return getattr(importlib.import_module(".fusion_network", __package__), self.class_name)
+        return getattr(importlib.import_module(self.library), self.class_name)
+
+
+def open_component(index: Path, name: str, entry: list[Any]) -> Component:
+    """A component named in ``index``, a model_index.json, as [library, class]. Raises CheckpointError."""
+    if not name.isidentifier() or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+        raise CheckpointError(f"{index}: expected a name with [library, class], found {name!r} with {entry!r}")
+    library, class_name = entry
+    folder = index.parent / name
+    for kinds, find in ((_MODELS, _open_model), (_TOKENIZERS, _open_tokenizer), (_SCHEDULERS, _open_scheduler)):
+        if class_name in kinds.get(library, ()):
+            return find(name, library, class_name, folder)
+    allowed = {
+        class_name for kinds in (_MODELS, _TOKENIZERS, _SCHEDULERS) for names in kinds.values() for class_name in names
+    }
+    raise CheckpointError(f"{index}: {name} is a {class_name} of {library}; expected {either(allowed)}")
+
+
+def _open_model(name: str, library: str, class_name: str, folder: Path) -> Component:
+    config = folder / "config.json"
+    read_json(config)
+    paths, variant = _find_weights(folder, "model" if library == "transformers" else "diffusion_pytorch_model")
+    digest = check_model(config, paths)
+    return Component(name, library, class_name, config, tuple(paths), variant, digest)
+
+
+def check_model(config: Path, weights: Iterable[Path]) -> str:
+    """Check the headers of a model's weights, and its configuration against them; gives the digest of the weights.
+
+    A configuration is refused if it could fetch code, or would build more layers than the weights could ever fill.
+    """
+    files = [check_weights(path) for path in weights]
+    tensors = sum(file.tensors for file in files)
+    for key, value in _walk(read_json(config)):
+        # transformers takes a name with a slash for a repository, from which it fetches a compiled kernel.
+        if key.endswith("attn_implementation") and value not in (None, "eager", "sdpa"):
+            raise CheckpointError(f"{config}: expected the attention of torch, found {key} {value!r}")
+        if key == "quantization_config" and value:
+            raise CheckpointError(f"{config}: expected plain weights, found quantised ones")
+        if ("layers" in key or "depth" in key) and isinstance(value, int) and value > tensors:
+            raise CheckpointError(f"{config}: expected {key} to suit weights of {tensors} tensors, found {value}")
+    return hashlib.sha256("".join(f"{file.size}:{file.digest};" for file in files).encode()).hexdigest()
+
+
+def _walk(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, and with each item of a list, at any depth."""
+    waiting: list[tuple[str, Any]] = list(value.items())
+    while waiting:
+        key, value = waiting.pop()
+        yield key, value
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, item) for item in value)
+
+
+def _open_tokenizer(name: str, library: str, class_name: str, folder: Path) -> Component:
+    config = folder / "tokenizer_config.json"
+    read_json(config)
+    if not (folder / "tokenizer.json").is_file() and not (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    ):
+        raise CheckpointError(
+            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt; found {_listing(folder)}"
+        )
+    return Component(name, library, class_name, config)
+
+
+def _open_scheduler(name: str, library: str, class_name: str, folder: Path) -> Component:
+    config = folder / "scheduler_config.json"
+    read_json(config)
+    return Component(name, library, class_name, config)
+
+
+def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+    """The files of a component, whole or in shards, in the full or the fp16 variant; the full one first."""
+    for variant in (None, "fp16"):
+        infix = f".{variant}" if variant else ""
+        if (whole := folder / f"{stem}{infix}.safetensors").exists():
+            return [whole], variant
+        if (index := folder / f"{stem}.safetensors.index{infix}.json").exists():
+            return [folder / name for name in shard_names(index)], variant
+    raise CheckpointError(f"expected weights at {folder / stem}.safetensors, found {_listing(folder)}")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled:
+        return f"{pickled[0]}, a Python pickle, which can run code and is never opened: convert it to safetensors"
+    return ", ".join(names[:10]) or "an empty folder"
+
+
+def either(names: Iterable[str]) -> str:
+    return " or ".join(sorted(names))
