@@ -168,10 +168,10 @@ def _empty_when_freed(cache: ModelCache) -> None:
     prompts and on the one thread that may touch its list of models: so we look on as it does. 'Unload models' alone
     needs nothing from us, since the host moves our weights off as it does its own.
     """
-    server = getattr(PromptServer, "instance", None)
-    if server is None:  # imported without a running server
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    if queue is None:  # imported without a running server
         return
-    take_flags = server.prompt_queue.get_flags
+    take_flags = queue.get_flags
 
     @functools.wraps(take_flags)
     def get_flags(*arguments, **options):
@@ -180,7 +180,7 @@ def _empty_when_freed(cache: ModelCache) -> None:
             cache.unload()
         return flags
 
-    server.prompt_queue.get_flags = get_flags
+    queue.get_flags = get_flags
 
 
 # --- progress ---

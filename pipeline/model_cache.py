@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .residency import Residency, Resident
+from .residency import Residency, Resident, is_out_of_memory, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class ModelCache:
         """The only way to touch a model: on its load device, and pinned, while in the block.
 
         ``build`` is called on a miss, once however many threads ask; whatever it raises leaves nothing behind. Raises
-        OutOfDeviceMemory if the device cannot hold the model.
+        OutOfDeviceMemory if the machine, or then the device, cannot hold the model even with all others dropped.
         """
         entry = self._pin(key, build)
         try:
@@ -107,9 +107,7 @@ class ModelCache:
 
     def unload(self) -> int:
         """Drop every model that is not in use; gives the bytes let go."""
-        with self._table:
-            dropped = self._take_out([entry for entry in self._entries.values() if not entry.pins])
-        return self._let_go(dropped, "unload was asked for")
+        return self._drop_unpinned("unload was asked for")
 
     def stats(self) -> CacheStats:
         """What is held now, without waiting for anything that is being built or moved."""
@@ -136,7 +134,7 @@ class ModelCache:
             self._drop_replaced(key)
             # The file's size is a fair guess of what is coming, so room is made before, not after, both are in memory.
             self._trim(key.size)
-            entry = _Entry(key, self.residency.adopt(build(), str(key)))
+            entry = _Entry(key, self.residency.adopt(self._built(key, build), str(key)))
             with self._table:
                 self._entries[key] = entry
         finally:
@@ -145,6 +143,23 @@ class ModelCache:
                 self._table.notify_all()
         self._trim()
         return entry
+
+    def _built(self, key: ModelKey, build: Callable[[], nn.Module]) -> nn.Module:
+        try:
+            return build()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here, where the frames of the failed attempt are gone, and with them what it had read.
+        freed = self._drop_unpinned("out of memory")
+        try:
+            return build()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            with self._table:
+                left = [entry.resident for entry in self._entries.values()]
+            raise out_of_memory(str(key), key.size, torch.device("cpu"), freed, left) from error
 
     def _unpin(self, entry: _Entry) -> None:
         with self._table:
@@ -160,6 +175,11 @@ class ModelCache:
                 entry.replaced = True  # one that is in use goes when it is unpinned
             dropped = self._take_out([entry for entry in replaced if not entry.pins])
         self._let_go(dropped, "its file was replaced")
+
+    def _drop_unpinned(self, reason: str) -> int:
+        with self._table:
+            dropped = self._take_out([entry for entry in self._entries.values() if not entry.pins])
+        return self._let_go(dropped, reason)
 
     def _trim(self, coming: int = 0) -> None:
         with self._table:

@@ -12,6 +12,8 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
 
 class OutOfDeviceMemory(torch.OutOfMemoryError):
     """A module did not fit on its device even with everything else moved off; the message gives the sizes."""
@@ -66,10 +68,10 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device ran out of memory; not every backend has a class of its own for it."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Whether a device, or the machine itself, ran out of memory; not every backend has a class of its own for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "out of memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def megabytes(count: float) -> str:
@@ -168,10 +170,10 @@ class TorchResidency:
 def out_of_memory(
     name: str, size: int, device: torch.device, moved: int, left: Iterable[Resident]
 ) -> OutOfDeviceMemory:
-    """The error for a module that does not fit: what it needs, what was moved off for it, what is in use and stays."""
+    """The error for a module that does not fit. size: what it needs; moved: what made way for it; left: in use."""
     in_use = sum(resident.bytes for resident in left)
     total = f" of {megabytes(torch.cuda.mem_get_info(device)[1])}" if device.type == "cuda" else ""
     return OutOfDeviceMemory(
         f"{name} needs {megabytes(size)}{total} on {device} and did not fit, even after {megabytes(moved)} of other "
-        f"models were moved off; {megabytes(in_use)} are in use and stay. Choose a smaller model or dtype."
+        f"models made way; {megabytes(in_use)} are in use and stay. Choose a smaller model or dtype."
     )

@@ -246,6 +246,23 @@ def test_no_device_memory_leaves_the_model_unpinned_and_the_next_small_one_fits(
         assert device.used == 4 * KB
 
 
+def test_no_memory_to_build_drops_the_others_and_tries_once_more(cache: ModelCache, build: Builder):
+    def build_when_alone() -> nn.Module:
+        return build() if len(build.alive) == 1 else build_too_large()
+
+    def build_too_large() -> nn.Module:
+        return nn.Linear(2**30, 2**30)
+
+    with cache.use(key("in use"), build):
+        use(cache, key("idle"), build=build)
+        with cache.use(key("a"), build_when_alone):
+            assert names(cache) == ["in use", "a"]
+        with pytest.raises(OutOfDeviceMemory) as raised, cache.use(key("b", size=2**20), build_too_large):
+            pass
+        assert "unet of /models/b as float32 needs 1.0 MB on cpu" in str(raised.value)
+        assert names(cache) == ["in use"]
+
+
 def test_fifty_uses_leave_memory_level(cache: ModelCache, build: Builder):
     for number in range(50):
         use(cache, key(str(number % 3)), build=build)

@@ -86,7 +86,7 @@ def test_out_of_memory_twice_is_an_error_with_sizes_and_leaves_nothing_there():
     residency.release(b)
     with pytest.raises(OutOfDeviceMemory) as raised:
         residency.acquire(large)
-    for part in ("unet needs 2.5 MB", "1.0 MB of other models were moved off", "1.0 MB are in use and stay"):
+    for part in ("unet needs 2.5 MB", "1.0 MB of other models made way", "1.0 MB are in use and stay"):
         assert part in str(raised.value)
     assert isinstance(raised.value, torch.OutOfMemoryError)  # the host treats these in its own way
     assert [resident.on_device for resident in (a, b, large)] == [True, False, False]
