@@ -2,12 +2,12 @@
 
 from .fusion import DuetFuse
 from .generation import DuetFinishImage, DuetGenerate
-from .host import ComfyExtension, io
+from .host import ComfyExtension  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
 from .models import DuetLoadModel, DuetModelCache
 from .text import DuetEmbedText
 from .vision import DuetImageFeatures, DuetPrepareImage
 
-NODES: list[type[io.ComfyNode]] = [
+NODES: list[type] = [
     DuetLoadModel,
     DuetEmbedText,
     DuetPrepareImage,
@@ -20,5 +20,5 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class DuetExtension(ComfyExtension):
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+    async def get_node_list(self) -> list[type]:
         return NODES

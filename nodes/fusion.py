@@ -11,7 +11,7 @@ METHODS = ["concat", "weighted", "gated"]
 
 class DuetFuse(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetFuse",
             display_name="Fuse",
@@ -59,7 +59,7 @@ class DuetFuse(io.ComfyNode):
         return check_choice("Fuse", "method", method, METHODS)
 
     @classmethod
-    def execute(cls, model, method: str, strength: float, prompt_embeds=None, image_features=None) -> io.NodeOutput:
+    def execute(cls, model, method: str, strength: float, prompt_embeds=None, image_features=None):
         with stage("Fuse", "fusion") as done:
             fused = fuse(model_cache(), model, prompt_embeds, image_features, method=method, strength=strength)
         return io.NodeOutput(fused, ui=done.ui(fused.notices))

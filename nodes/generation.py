@@ -14,7 +14,7 @@ FITS = ["crop", "pad", "stretch"]
 
 class DuetGenerate(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetGenerate",
             display_name="Generate",
@@ -60,7 +60,7 @@ class DuetGenerate(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, conditioning, seed: int, steps: int, guidance_scale: float, width: int, height: int, batch_size: int
-    ) -> io.NodeOutput:
+    ):
         with stage("Generate", "generation") as done:
             pictures = generate(
                 model_cache(),
@@ -80,7 +80,7 @@ class DuetGenerate(io.ComfyNode):
 
 class DuetFinishImage(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetFinishImage",
             display_name="Finish image",
@@ -128,9 +128,7 @@ class DuetFinishImage(io.ComfyNode):
         return check_choice("Finish image", "fit", fit, FITS)
 
     @classmethod
-    def execute(
-        cls, image, width: int, height: int, fit: str, background: str, lift_off_white: bool, mask=None
-    ) -> io.NodeOutput:
+    def execute(cls, image, width: int, height: int, fit: str, background: str, lift_off_white: bool, mask=None):
         with stage("Finish image", "finish") as done:
             pixels, opacity = to_pixels(image, mask, lies_over_white=lift_off_white)
             alpha = None if opacity is None else opacity.unsqueeze(1)

@@ -16,7 +16,7 @@ ACTIONS = ["report", "unload"]
 
 class DuetLoadModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetLoadModel",
             display_name="Load model",
@@ -47,7 +47,7 @@ class DuetLoadModel(io.ComfyNode):
         return repr(sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
     @classmethod
-    def execute(cls, model: str) -> io.NodeOutput:
+    def execute(cls, model: str):
         with stage("Load model", "model") as done:
             checkpoint = open_checkpoint(_folder(model))
         return io.NodeOutput(checkpoint, ui=done.ui())
@@ -55,7 +55,7 @@ class DuetLoadModel(io.ComfyNode):
 
 class DuetModelCache(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetModelCache",
             display_name="Model cache",
@@ -86,7 +86,7 @@ class DuetModelCache(io.ComfyNode):
         return float("nan")  # equal to nothing, so the node always runs
 
     @classmethod
-    def execute(cls, action: str, after: object = None) -> io.NodeOutput:
+    def execute(cls, action: str, after: object = None):
         if action == "unload":
             model_cache().unload()
         report = cache_as_text(model_cache().stats())

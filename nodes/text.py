@@ -8,7 +8,7 @@ from .stages import stage
 
 class DuetEmbedText(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetEmbedText",
             display_name="Embed text",
@@ -40,7 +40,7 @@ class DuetEmbedText(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, prompt: str, negative_prompt: str = "") -> io.NodeOutput:
+    def execute(cls, model, prompt: str, negative_prompt: str = ""):
         with stage("Embed text", "text") as done:
             embeds = encode_prompt(model_cache(), model, prompt, negative_prompt or None)
         return io.NodeOutput(embeds, ui=done.ui(embeds.notices))

@@ -16,7 +16,7 @@ MASK_TOOLTIP = "Where the picture does not count: 1 where it is transparent, as 
 
 class DuetPrepareImage(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetPrepareImage",
             display_name="Prepare image",
@@ -91,7 +91,7 @@ class DuetPrepareImage(io.ComfyNode):
         scale_range: float,
         seed: int,
         mask=None,
-    ) -> io.NodeOutput:
+    ):
         augmentation = Augmentation(rotate_degrees=rotate_degrees, flip=flip, scale=scale_range)
         with stage("Prepare image", "preparation") as done:
             prepared = prepare_image(
@@ -107,7 +107,7 @@ class DuetPrepareImage(io.ComfyNode):
 
 class DuetImageFeatures(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls):
         return io.Schema(
             node_id="DuetImageFeatures",
             display_name="Image features",
@@ -137,7 +137,7 @@ class DuetImageFeatures(io.ComfyNode):
         return check_choice("Image features", "encoder", encoder, ENCODERS)
 
     @classmethod
-    def execute(cls, model, image, encoder: str, mask=None) -> io.NodeOutput:
+    def execute(cls, model, image, encoder: str, mask=None):
         with stage("Image features", "features") as done:
             features = encode_image(model_cache(), model, *to_pixels(image, mask), encoder=encoder)
         return io.NodeOutput(features, ui=done.ui(features.notices))
