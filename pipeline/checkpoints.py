@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ _building = threading.Lock()
 
 # What the libraries raise on files that are not what they should be.
 _LOADING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+_QUOTED = 300  # characters of theirs that our error repeats; they may list every tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ class Checkpoint:
         except (*_LOADING_ERRORS, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
-            raise CheckpointError(f"{part.folder}: expected weights of a {part.class_name}, got: {error}") from error
+            raise CheckpointError(
+                f"{part.folder}: expected weights of a {part.class_name}, got: {str(error)[:_QUOTED]}"
+            ) from error
         lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if lacking:
             raise CheckpointError(
@@ -147,14 +149,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if name not in components:
             raise CheckpointError(f"{index_path}: expected a component {name!r} for a {family.name} model, found none")
     digest = hashlib.sha256("".join(f"{name}{components[name].digest}" for name in sorted(components)).encode())
-    return Checkpoint(folder, family, MappingProxyType(components), f"{folder.name}@{digest.hexdigest()[:12]}")
+    return Checkpoint(folder, family, components, f"{folder.name}@{digest.hexdigest()[:12]}")
 
 
 def _read(part: Component, from_pretrained: Any) -> Any:
     try:
         return from_pretrained(str(part.folder), local_files_only=True)
     except _LOADING_ERRORS as error:
-        raise CheckpointError(f"{part.folder}: expected a {part.class_name}, got: {error}") from error
+        raise CheckpointError(f"{part.folder}: expected a {part.class_name}, got: {str(error)[:_QUOTED]}") from error
 
 
 def _own(module: nn.Module) -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -201,6 +202,34 @@ def test_a_folder_with_only_the_fp16_variant(mini: Path, component: str):
     checkpoint = open_checkpoint(mini)
     assert checkpoint.components[component].variant == "fp16"
     assert isinstance(checkpoint.build(component), nn.Module)
+
+
+def test_the_names_that_older_libraries_gave_to_weights(saved: Path, tmp_path: Path):
+    """As in the published files of Stable Diffusion 1.5."""
+    folder = Path(shutil.copytree(saved / "sd15", tmp_path / "sd15"))
+    expected = {
+        component: open_checkpoint(folder).build(component).state_dict() for component in ("vae", "text_encoder")
+    }
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {}
+    for name, stored in load_file(path).items():
+        for new, old in older.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        weights[name] = stored
+    assert any(".query." in name for name in weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    path = folder / "text_encoder/model.safetensors"
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(load_file(path) | positions, path, metadata={"format": "pt"})
+    for component, before in expected.items():
+        built = open_checkpoint(folder).build(component).state_dict()
+        assert all(torch.equal(built[name], stored) for name, stored in before.items())
+
+
+def test_a_checkpoint_can_be_copied(saved: Path):
+    checkpoint = open_checkpoint(saved / "mini")
+    assert copy.deepcopy(checkpoint) == pickle.loads(pickle.dumps(checkpoint)) == checkpoint
 
 
 # --- bad input ---
