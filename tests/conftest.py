@@ -1,16 +1,13 @@
 """What the tests share for a whole session: real servers, started when first asked for, and one browser."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
 
 from tests.rig.client import Client
-from tests.rig.host import ComfyServer, newest_frontend
+from tests.rig.host import PROBE, ComfyServer, newest_frontend
 from tests.rig.page import ComfyPage, open_browser
-
-PROBE = Path(__file__).parent / "host" / "probe_node.py"
 
 
 @pytest.fixture(scope="session")

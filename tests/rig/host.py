@@ -16,6 +16,9 @@ from pathlib import Path
 from . import CACHE, PYTHON, ROOT, RigError
 from .environment import HOST, exclusive, site_packages
 
+# A custom node that counts, without the pack's help, what lives in the host's process.
+PROBE = ROOT / "tests" / "host" / "probe_node.py"
+
 _READY_WITHIN_S = 180
 _PR_SET_PDEATHSIG = 1
 
