@@ -16,7 +16,7 @@ from .components import Component, check_model, either, open_component
 from .families import FAMILIES, Family
 from .model_cache import ModelCache, ModelKey
 from .residency import is_out_of_memory
-from .safetensors_files import CheckpointError, read_json
+from .safetensors_files import CheckpointError, read_json, shown
 
 __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]
 
@@ -138,7 +138,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index = read_json(index_path)
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in FAMILIES:
-        raise CheckpointError(f"{index_path}: expected a {either(FAMILIES)}, found {pipeline!r}")
+        raise CheckpointError(f"{index_path}: expected a {either(FAMILIES)}, found {shown(pipeline)}")
     family = FAMILIES[pipeline]
     components = {
         name: open_component(index_path, name, entry)

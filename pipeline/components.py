@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .safetensors_files import CheckpointError, check_weights, read_json, shard_names
+from .safetensors_files import CheckpointError, check_weights, read_json, shard_names, shown
 
 # What a folder may ask for, by library. Anything else is refused: or a file would choose which code runs.
 _MODELS = {
@@ -62,7 +62,9 @@ class Component:
 def open_component(index: Path, name: str, entry: list[Any]) -> Component:
     """A component named in ``index``, a model_index.json, as [library, class]. Raises CheckpointError."""
     if not name.isidentifier() or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-        raise CheckpointError(f"{index}: expected a name with [library, class], found {name!r} with {entry!r}")
+        raise CheckpointError(
+            f"{index}: expected a name with [library, class], found {shown(name)} with {shown(entry)}"
+        )
     library, class_name = entry
     folder = index.parent / name
     for kinds, find in ((_MODELS, _open_model), (_TOKENIZERS, _open_tokenizer), (_SCHEDULERS, _open_scheduler)):
@@ -71,7 +73,7 @@ def open_component(index: Path, name: str, entry: list[Any]) -> Component:
     allowed = {
         class_name for kinds in (_MODELS, _TOKENIZERS, _SCHEDULERS) for names in kinds.values() for class_name in names
     }
-    raise CheckpointError(f"{index}: {name} is a {class_name} of {library}; expected {either(allowed)}")
+    raise CheckpointError(f"{index}: {name} is {shown(entry)}; expected {either(allowed)}")
 
 
 def _open_model(name: str, library: str, class_name: str, folder: Path) -> Component:
@@ -92,7 +94,7 @@ def check_model(config: Path, weights: Iterable[Path]) -> str:
     for key, value in _walk(read_json(config)):
         # transformers takes a name with a slash for a repository, from which it fetches a compiled kernel.
         if key.endswith("attn_implementation") and value not in (None, "eager", "sdpa"):
-            raise CheckpointError(f"{config}: expected the attention of torch, found {key} {value!r}")
+            raise CheckpointError(f"{config}: expected the attention of torch, found {key} {shown(value)}")
         if key == "quantization_config" and value:
             raise CheckpointError(f"{config}: expected plain weights, found quantised ones")
         if ("layers" in key or "depth" in key) and isinstance(value, int) and value > tensors:

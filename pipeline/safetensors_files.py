@@ -81,11 +81,11 @@ def shard_names(index: Path) -> list[str]:
     """The files beside it that an index of sharded weights (model.safetensors.index.json) names."""
     where = read_json(index, largest=LARGEST_HEADER).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise CheckpointError(f"{index}: expected a weight_map from tensors to files, found {_shown(where)}")
+        raise CheckpointError(f"{index}: expected a weight_map from tensors to files, found {shown(where)}")
     names = sorted(set(where.values()))
     for name in names:
         if not name.endswith(".safetensors") or re.search(r"[/\\:\0]", name):
-            raise CheckpointError(f"{index}: expected the names of .safetensors files beside it, found {_shown(name)}")
+            raise CheckpointError(f"{index}: expected the names of .safetensors files beside it, found {shown(name)}")
     return names
 
 
@@ -147,7 +147,7 @@ def _layout(path: Path, header: bytes) -> tuple[int, int]:
     end = 0
     for start, stop, name in spans:
         if start != end:
-            raise CheckpointError(f"{path}: expected tensor {_shown(name)} to start at byte {end}, it claims {start}")
+            raise CheckpointError(f"{path}: expected tensor {shown(name)} to start at byte {end}, it claims {start}")
         end = stop
     return len(spans), end
 
@@ -161,7 +161,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
         size = -1
         start = stop = 0
     if size < 0 or stop - start != size:
-        raise CheckpointError(f"{path}: tensor {_shown(name)} is described wrongly: {_shown(entry)}")
+        raise CheckpointError(f"{path}: tensor {shown(name)} is described wrongly: {shown(entry)}")
     return start, stop, name
 
 
@@ -169,13 +169,13 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{path}: expected JSON, found {_shown(text[:40])} ({error})") from None
+        raise CheckpointError(f"{path}: expected JSON, found {shown(text[:40])} ({error})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {_shown(value)}")
+        raise CheckpointError(f"{path}: expected a JSON object, found {shown(value)}")
     return value
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """For an error: what came, and never all of it."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -43,6 +43,7 @@ STABLE_DIFFUSION = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+MODELS = ("text_encoder", "image_encoder", "fusion", "unet", "vae")  # the parts of the first that have weights
 WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "rose", "red", "car"]
 
 
@@ -90,7 +91,7 @@ def save_stable_diffusion(folder: Path, seed: int = 0) -> Path:
         "unet": _unet(in_channels=4, out_channels=4, cross_attention_dim=32),
         "vae": AutoencoderKL(**_vae_sizes()),
     }
-    PNDMScheduler().save_pretrained(folder / "scheduler")
+    PNDMScheduler(skip_prk_steps=True, steps_offset=1).save_pretrained(folder / "scheduler")
     return _save(folder, STABLE_DIFFUSION, parts)
 
 
