@@ -86,7 +86,7 @@ app.registerExtension({
     api.addEventListener("execution_cached", ({ detail }) => {
       for (const id of detail?.nodes ?? []) {
         const node = app.graph.getNodeById(id) ?? app.graph.getNodeById(Number(id));
-        if (node && lines.get(node)?.element.textContent) show(node, [[word("cached"), false]]);
+        if (node) show(node, [[word("cached"), false]]);
       }
     });
     window.duetReady = true;
