@@ -33,6 +33,8 @@ _SCHEDULERS = {
     }
 }
 
+_MOST_TRAIN_STEPS = 100_000
+
 
 @dataclass(frozen=True)
 class Component:
@@ -128,7 +130,11 @@ def _open_tokenizer(name: str, library: str, class_name: str, folder: Path) -> C
 
 def _open_scheduler(name: str, library: str, class_name: str, folder: Path) -> Component:
     config = folder / "scheduler_config.json"
-    read_json(config)
+    steps = read_json(config).get("num_train_timesteps", 0)
+    if not isinstance(steps, int) or steps > _MOST_TRAIN_STEPS:  # a scheduler makes tables of this length
+        raise CheckpointError(
+            f"{config}: expected num_train_timesteps up to {_MOST_TRAIN_STEPS:,}, found {shown(steps)}"
+        )
     return Component(name, library, class_name, config)
 
 

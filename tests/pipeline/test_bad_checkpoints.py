@@ -197,6 +197,13 @@ def test_a_config_that_would_fetch_code_or_never_end(mini: Path, component: str,
     refused(mini, str(config), *parts)
 
 
+@pytest.mark.parametrize("steps", [10**12, "1000", None])
+def test_a_scheduler_whose_tables_would_fill_the_memory(mini: Path, steps: object):
+    config = mini / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_train_timesteps": steps}))
+    refused(mini, str(config), "num_train_timesteps", repr(steps))
+
+
 def test_nothing_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise AssertionError("reached for the network")
