@@ -42,7 +42,9 @@ def _sheet(pictures: list[Image.Image]) -> Image.Image:
     sheet = Image.new("RGB", (_SIDE, _SIDE), "white")
     for index, picture in enumerate(pictures[:4]):
         scale = cell / max(picture.size)
-        small = picture.convert("RGBA").resize([max(1, round(side * scale)) for side in picture.size], Image.LANCZOS)
+        small = picture.convert("RGBA").resize(
+            [max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS
+        )
         left = index % columns * cell + (cell - small.width) // 2
         top = index // columns * cell + (cell - small.height) // 2
         sheet.paste(small, (left, top), small)
