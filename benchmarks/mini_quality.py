@@ -1,8 +1,9 @@
 """How well the built-in model draws what it is asked for, judged by a network that had no part in its training.
 
-Prompts are each concept's CLDR name; the style picture is another concept's, drawn at random with a fixed seed. An ImageNet
-CNN (EfficientNet-Lite0, pooled features) ranks all concepts' real pictures of that style by cosine: top-k means that the
-right concept is among the first k. The style is told by a linear classifier on the same features, fitted to real training pictures.
+Prompts are each concept's CLDR name; the style picture is another concept's, drawn at random with a fixed seed. An
+ImageNet CNN (EfficientNet-Lite0, pooled features) ranks all concepts' real pictures of that style by cosine: top-k
+means that the right concept is among the first k. The style is told by a linear classifier on the same features, fitted
+to real training pictures.
 ``python -m benchmarks mini_quality`` prints one JSON line last. Needs the optional group ``train``.
 """
 

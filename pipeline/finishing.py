@@ -29,8 +29,8 @@ def finish_picture(
 ) -> FinishedPicture:
     """Frame (B, 3 or 4, H, W) pictures to width x height; 0 keeps that side's own proportion.
 
-    alpha: (B or 1, 1, H, W) in 0..1; a fourth channel of ``pixels`` counts as alpha too. background: RGB in 0..1 to flatten onto, or
-    None to keep alpha as a fourth channel. Raises ValueError on impossible shapes or sizes.
+    alpha: (B or 1, 1, H, W) in 0..1; a fourth channel of ``pixels`` counts as alpha too. background: RGB in 0..1 to
+    flatten onto, or None to keep alpha as a fourth channel. Raises ValueError on impossible shapes or sizes.
     """
     if pixels.ndim != 4 or pixels.shape[1] not in (3, 4) or 0 in pixels.shape:
         raise ValueError(f"expected pictures shaped (batch, 3 or 4 channels, height, width), got {tuple(pixels.shape)}")

@@ -24,9 +24,9 @@ def fuse(
 ) -> FusedConditioning:
     """Words, a picture, or both, as one condition.
 
-    strength: 0 is exactly the words alone, 1 exactly the picture alone; it has no effect when only one of them is given.
-    method: "concat" goes through the trained network at both ends and, at one half, with both sides joined; "weighted" is the straight
-    line between the two ends; "gated" lets each place of the picture choose its own moment to change over.
+    strength: 0 is exactly the words alone, 1 exactly the picture alone; no effect when only one of them is given.
+    method: "concat" goes through the trained network at both ends and, at one half, with both sides joined; "weighted"
+    is the straight line between the two ends; "gated" lets each place of the picture choose its own moment to change.
     A batch of one meets a batch of any size; otherwise the sizes must agree. Raises ValueError where they do not, where
     a space is another model's, or where neither side is given.
     """

@@ -33,6 +33,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(_Block(width, hidden) for _ in range(num_blocks))
         self.exit_norm = nn.LayerNorm(width)
         self.exit = nn.Linear(width, grid * grid * channels)
+        self._shape = (grid * grid, channels)
 
     def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
         """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels)."""
@@ -47,7 +48,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         hidden = self.entry(joined)
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        return self.exit(self.exit_norm(hidden)).unflatten(-1, (self.config.grid**2, self.config.channels))
+        return self.exit(self.exit_norm(hidden)).unflatten(-1, self._shape)
 
 
 class _Block(nn.Module):

@@ -47,11 +47,12 @@ def generate(
 ) -> Pictures:
     """``batch_size`` pictures for each entry of the conditioning's batch, in that order.
 
-    Picture i starts from noise seeded ``seed + i`` on the CPU, so each equals its own single run and every device gives the
-    same start. guidance_scale above 1 steers away from the negative prompt (arXiv 2207.12598) at twice the work. on_step(step, total, preview) is
-    called after each step; preview() decodes what there is to RGB (3, h, w) in 0..1, and an exception raised there stops
-    the run within a step. Sizes that the model cannot make are rounded, or the picture resized, and a notice says so.
-    Raises ValueError on numbers out of range or a condition of another model's space, FloatingPointError where the model gives no numbers.
+    Picture i starts from noise seeded ``seed + i`` on the CPU, so each equals its own single run and every device gives
+    the same start. guidance_scale above 1 steers away from the negative prompt (arXiv 2207.12598) at twice the work.
+    on_step(step, total, preview) is called after each step; preview() decodes what there is to RGB (3, h, w) in 0..1,
+    and an exception raised there stops the run within a step. Sizes that the model cannot make are rounded, or the
+    picture resized, and a notice says so. Raises ValueError on numbers out of range or a condition of another model's
+    space, FloatingPointError where the model gives no numbers.
     """
     _check_numbers(num_inference_steps, guidance_scale, width, height, batch_size)
     _check_space(checkpoint, conditioning)
@@ -95,7 +96,7 @@ def generate(
 
 @dataclass(frozen=True)
 class _Listening:
-    """The condition as the denoiser takes it: (B, N, D) tokens, their negatives, and the grid (B, D, h, w) if they lie on one."""
+    """The condition as the denoiser takes it: (B, N, D) tokens, also as (B, D, h, w) where they lie on a grid."""
 
     tokens: Tensor
     negative: Tensor | None
@@ -114,8 +115,8 @@ def _denoise(
     start_noise: float,
     on_step: Callable[[int, Tensor], None],
 ) -> Tensor:
-    """The sampler. With a grid, the walk starts at the mean picture plus a little noise (arXiv 2310.03725) and the denoiser sees
-    that mean in its channels; without one, it starts at noise alone."""
+    """The sampler. With a grid, the walk starts at the mean picture plus a little noise (arXiv 2310.03725) and the
+    denoiser sees that mean in its channels; without one, it starts at noise alone."""
     if condition.grid is not None:
         # Straight steps from sigma 1 down to 1/steps; the scheduler adds the final 0.
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=noise.device)
@@ -140,7 +141,7 @@ def _predict(unet: Any, latents: Tensor, timestep: Tensor, tokens: Tensor, grid:
 
 
 def _decode(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents -> RGB (B, 3, H, W) and alpha (B, 1, H, W) in 0..1. A fourth channel is alpha, with colour premultiplied."""
+    """Latents -> RGB (B, 3, H, W) and alpha (B, 1, H, W) in 0..1. A fourth channel is alpha, colour premultiplied."""
     config = vae.config
     shift = getattr(config, "shift_factor", None) or 0.0
     decoded = vae.decode(latents.to(vae.dtype) / config.scaling_factor + shift, return_dict=False)[0]
@@ -166,34 +167,26 @@ def _repeated(conditioning: FusedConditioning, times: int, place: dict[str, Any]
     if conditioning.negative is not None:
         negative = conditioning.negative.tokens.expand(conditioning.tokens.shape[0], -1, -1)
         negative = negative.repeat_interleave(times, dim=0).to(**place)
-    if conditioning.grid is None:
+    grid = conditioning.grid
+    if grid is None:
         return _Listening(tokens, negative, None, None)
-    on_grid = [
-        side.transpose(1, 2).unflatten(2, conditioning.grid) if side is not None else None
-        for side in (tokens, negative)
-    ]
-    return _Listening(tokens, negative, *on_grid)
+
+    def on_grid(side: Tensor) -> Tensor:
+        return side.transpose(1, 2).unflatten(2, grid)
+
+    return _Listening(tokens, negative, on_grid(tokens), on_grid(negative) if negative is not None else None)
 
 
 def _frame(checkpoint: Checkpoint, width: int, height: int) -> _Frame:
-    family = checkpoint.family
+    family, asked = checkpoint.family, (width, height)
     if family.fixed_size:
         side = family.native_size
-        notice = (
-            ()
-            if (width, height) == (side, side)
-            else (f"made at {side}x{side}, the model's one size, and resized to {width}x{height}",)
-        )
-        return _Frame(side, side, width, height, notice)
-    rounded = [
-        max(family.size_multiple, round(side / family.size_multiple) * family.size_multiple) for side in (width, height)
-    ]
-    notice = (
-        ()
-        if rounded == [width, height]
-        else (f"{width}x{height} rounded to {rounded[0]}x{rounded[1]}, multiples of {family.size_multiple}",)
-    )
-    return _Frame(*rounded, *rounded, notice)
+        told = f"made at {side}x{side}, the model's one size, and resized to {width}x{height}"
+        return _Frame(side, side, width, height, () if asked == (side, side) else (told,))
+    step = family.size_multiple
+    width, height = (max(step, round(side / step) * step) for side in asked)
+    told = f"{asked[0]}x{asked[1]} rounded to {width}x{height}, multiples of {step}"
+    return _Frame(width, height, width, height, () if asked == (width, height) else (told,))
 
 
 def _resized(pixels: Tensor, alpha: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:

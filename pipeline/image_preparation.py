@@ -49,9 +49,9 @@ def prepare_image(
 ) -> PreparedImage:
     """Frame (B, C, H, W) pixels into ``size`` x ``size``; C is 1 (grey), 3 or 4 (the last one alpha, joined with mask).
 
-    mask: (B or 1, H, W), 1 where the picture counts, resized if it has another size. Values are expected in 0..1; a picture that leaves
-    that range is rescaled into it as a whole. ``seed`` makes the augmentation repeatable: the same seed, the same turns.
-    Raises ValueError on an impossible shape, size, mask or a value that is no number.
+    mask: (B or 1, H, W), 1 where the picture counts, resized if it has another size. Values are expected in 0..1; a
+    picture that leaves that range is rescaled into it as a whole. ``seed`` makes the augmentation repeatable. Raises
+    ValueError on an impossible shape, size, mask or a value that is no number.
     """
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or 0 in pixels.shape:
         raise ValueError(

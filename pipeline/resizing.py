@@ -1,4 +1,4 @@
-"""Making a picture fit a frame. One place, so that preparing, generating and finishing agree on what crop and pad mean."""
+"""Making a picture fit a frame, so that preparing, generating and finishing agree on what crop and pad mean."""
 
 import torch
 import torch.nn.functional as F

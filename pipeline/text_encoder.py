@@ -19,8 +19,8 @@ def encode_prompt(
     """One prompt in any language the checkpoint reads.
 
     tokens: (1, L, D), the encoder's hidden states; pooled: (1, P) where the encoder has a projection. A prompt longer
-    than the encoder's window is cut into windows which are encoded apart and joined, L being their sum; pooled is then their
-    mean, weighted by tokens. Families that steer by a negative prompt get one even if it is empty.
+    than the encoder's window is cut into windows which are encoded apart and joined, L being their sum; pooled is then
+    their mean, weighted by tokens. Families that steer by a negative prompt get one even if it is empty.
     Raises ValueError for text beyond 20,000 characters.
     """
     for name, text in (("prompt", prompt), ("negative prompt", negative_prompt or "")):

@@ -48,24 +48,28 @@ def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
 def train_autoencoder(work: Path, pictures: PictureSet, plan: Plan, batch: int = 32) -> AutoencoderDC:
     torch.manual_seed(0)
     rows = pictures.training_rows()
-    parts = nn.ModuleDict({"vae": new_autoencoder()})
+    vae = new_autoencoder()
 
     def loss_at(step: int) -> dict[str, Tensor]:
         pick = np.random.default_rng(step)
         wanted = to_model_range(pictures.pixels[np.sort(pick.choice(rows, batch, replace=False))])
         if pick.random() < 0.5:
             wanted = wanted.flip(-1)
-        latents = parts["vae"].encode(wanted).latent
+        latents = _encode(vae, wanted)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        made = parts["vae"].decode(latents + LATENT_NOISE * latents.detach().std() * noise).sample
+        made = vae.decode(latents + LATENT_NOISE * latents.detach().std() * noise, return_dict=False)[0]
         return {"picture": picture_loss(made, wanted), "size": 1e-4 * latents.square().mean()}
 
-    return run_stage("autoencoder", work, plan, parts, loss_at)["vae"]
+    run_stage("autoencoder", work, plan, nn.ModuleDict({"vae": vae}), loss_at)
+    return vae
 
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderDC, pixels: np.ndarray) -> Tensor:
     """(N, S, S, 4) uint8 -> latents (N, 16, S/8, S/8), unscaled."""
-    return torch.cat(
-        [vae.encode(to_model_range(chunk)).latent for chunk in np.array_split(pixels, max(1, len(pixels) // 64))]
-    )
+    chunks = np.array_split(pixels, max(1, len(pixels) // 64))
+    return torch.cat([_encode(vae, to_model_range(chunk)) for chunk in chunks])
+
+
+def _encode(vae: AutoencoderDC, pixels: Tensor) -> Tensor:
+    return vae.encode(pixels, return_dict=False)[0]  # pyright: ignore[reportReturnType]

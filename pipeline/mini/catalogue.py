@@ -125,7 +125,8 @@ class PictureSource:
             return None
         width, height = icon.get("width", self._size[0]), icon.get("height", self._size[1])
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+        spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        return f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>'
 
 
 def _bare(code: str) -> str:

@@ -55,8 +55,8 @@ class Examples:
         order = {style: rank for rank, style in enumerate(HOUSE_STYLES)}
         # Words alone mean one style, or their mean over styles would be a blur: the first house style drawn.
         house: dict[int, int] = {}
-        for row in sorted(self._rows, key=lambda row: order.get(self._style[row], len(STYLES))):
-            house.setdefault(int(self._concept[row]), int(row))
+        for row in sorted(self._rows.tolist(), key=lambda row: order.get(int(self._style[row]), len(STYLES))):
+            house.setdefault(int(self._concept[row]), row)
         self._house = np.full(len(pictures.concepts), -1)
         self._house[list(house)] = list(house.values())
         self._names = _by_concept(tables.caption_concept, tables.caption_is_name, len(pictures.concepts))
@@ -98,15 +98,16 @@ def fused(network: FusionNetwork, batch: Batch, noise: float, generator: torch.G
 def train_fusion(work: Path, pictures: PictureSet, tables: Tables, plan: Plan, batch: int = 512) -> FusionNetwork:
     torch.manual_seed(0)
     examples = Examples(pictures, tables)
-    parts = nn.ModuleDict({"fusion": FusionNetwork()})
+    network = FusionNetwork()
     wanted_tokens = tables.latents.flatten(2).transpose(1, 2).contiguous()
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = examples.draw(step, batch)
-        made = fused(parts["fusion"], drawn, 0.05, torch.Generator().manual_seed(step))
+        made = fused(network, drawn, 0.05, torch.Generator().manual_seed(step))
         return {"latents": F.mse_loss(made, wanted_tokens[drawn.rows])}
 
-    return run_stage("fusion", work, plan, parts, loss_at)["fusion"]
+    run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
+    return network
 
 
 def _by_concept(concept: np.ndarray, wanted: np.ndarray, count: int) -> list[np.ndarray]:

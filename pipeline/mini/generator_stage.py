@@ -1,7 +1,8 @@
 """Teaching the generator: a flow from the fusion network's mean picture, plus a little noise, to the picture itself.
 
-Stochastic interpolants with data-dependent coupling (Albergo et al., arXiv 2310.03725): x_sigma = (1 - sigma) x + sigma (mean +
-s noise), and the network learns the velocity (mean + s noise) - x. The walk is short, so one to four Euler steps do.
+Stochastic interpolants with data-dependent coupling (Albergo et al., arXiv 2310.03725): x_sigma = (1 - sigma) x +
+sigma (mean + s noise), and the network learns the velocity (mean + s noise) - x. The walk is short, so one to four
+Euler steps do.
 """
 
 from pathlib import Path
@@ -44,7 +45,7 @@ def train_generator(
 ) -> UNet2DConditionModel:
     torch.manual_seed(0)
     examples = Examples(pictures, tables)
-    parts = nn.ModuleDict({"unet": new_generator()})
+    unet = new_generator()
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -59,7 +60,8 @@ def train_generator(
         sigma[torch.rand(batch, generator=generator) < FIRST_STEP_SHARE] = 1.0
         at = sigma[:, None, None, None]
         seen = torch.cat([(1 - at) * wanted + at * start, mean], dim=1)
-        velocity = parts["unet"](seen, sigma * TRAIN_TIMESTEPS, encoder_hidden_states=tokens, return_dict=False)[0]
+        velocity = unet(seen, sigma * TRAIN_TIMESTEPS, encoder_hidden_states=tokens, return_dict=False)[0]
         return {"velocity": F.mse_loss(velocity, start - wanted)}
 
-    return run_stage("generator", work, plan, parts, loss_at)["unet"]
+    run_stage("generator", work, plan, nn.ModuleDict({"unet": unet}), loss_at)
+    return unet

@@ -3,7 +3,7 @@
 import csv
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,6 @@ def run_stage(
     plan: Plan,
     modules: nn.ModuleDict,
     loss_at: Callable[[int], dict[str, Tensor]],
-    optimizers: Callable[[Iterable[nn.Parameter]], list[torch.optim.Optimizer]] | None = None,
 ) -> nn.ModuleDict:
     """Train ``modules`` in place and return them holding the averaged weights.
 
@@ -41,20 +40,15 @@ def run_stage(
     """
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, curve = work / f"{name}.pt", work / f"{name}-curve.csv"
-    make = optimizers or (lambda p: [torch.optim.AdamW(p, lr=1.0, betas=(0.9, 0.98), weight_decay=plan.weight_decay)])
     trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
-    rules = make(trained)
-    for rule in rules:
-        for group in rule.param_groups:
-            group["scale"] = group["lr"]  # a rule's own rate is relative to the plan's
+    rule = torch.optim.AdamW(trained, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
     average = {key: value.detach().clone() for key, value in modules.state_dict().items()}
     start = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         modules.load_state_dict(saved["modules"])
         average, start = saved["average"], saved["step"]
-        for rule, state in zip(rules, saved["optimizers"], strict=True):
-            rule.load_state_dict(state)
+        rule.load_state_dict(saved["optimizer"])
         logger.info("%s resumes at step %d of %d", name, start, plan.steps)
 
     modules.train()
@@ -63,15 +57,13 @@ def run_stage(
     logged_step = start
     for step in range(start, plan.steps):
         rate = plan.learning_rate * min((step + 1) / plan.warmup, 1.0) * (1 - step / plan.steps)
-        for rule in rules:
-            for group in rule.param_groups:
-                group["lr"] = rate * group["scale"]
-            rule.zero_grad(set_to_none=True)
+        for group in rule.param_groups:
+            group["lr"] = rate
+        rule.zero_grad(set_to_none=True)
         losses = loss_at(step)
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        for rule in rules:
-            rule.step()
+        rule.step()
         _move_average(average, modules, min(plan.average, (step + 1) / (step + 10)))
         for key, value in losses.items():
             sums[key] = sums.get(key, 0.0) + float(value.detach())
@@ -79,8 +71,8 @@ def run_stage(
         if now - logged_at > 20 or step + 1 == plan.steps:
             count = step + 1 - logged_step
             means = {key: value / count for key, value in sums.items()}
-            logger.info("%s step %d/%d %s %.1f steps/s", name, step + 1, plan.steps,
-                        " ".join(f"{key} {value:.4f}" for key, value in means.items()), count / (now - logged_at))  # fmt: skip
+            told = " ".join(f"{key} {value:.4f}" for key, value in means.items())
+            logger.info("%s %d/%d: %s, %.1f steps/s", name, step + 1, plan.steps, told, count / (now - logged_at))
             _append_row(curve, {"step": step + 1, **means})
             sums, logged_at, logged_step = {}, now, step + 1
         if now - saved_at > plan.save_seconds or step + 1 == plan.steps:
@@ -89,7 +81,7 @@ def run_stage(
                 {
                     "modules": modules.state_dict(),
                     "average": average,
-                    "optimizers": [rule.state_dict() for rule in rules],
+                    "optimizer": rule.state_dict(),
                     "step": step + 1,
                 },
                 partial,

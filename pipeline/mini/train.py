@@ -1,7 +1,8 @@
 """Train the small model from nothing: ``python -m pipeline.mini.train``.
 
 Fetches the pictures and words, teaches each part in turn, and writes the diffusers folder that the pack ships. Every
-stage resumes from its last checkpoint after a kill and is passed over when it is finished. Needs the optional group ``train``.
+stage resumes from its last checkpoint after a kill and is passed over when it is finished. Needs the optional group
+``train``.
 """
 
 import argparse

@@ -16,11 +16,15 @@ THUMBNAIL = 16  # pixels a side of the small picture that the pooled features mu
 
 
 def new_image_encoder() -> ResNetModel:
-    return ResNetModel(
-        ResNetConfig(
-            num_channels=3, embedding_size=64, hidden_sizes=[64, 128, 256], depths=[1, 1, 1], layer_type="basic", hidden_act="relu"
-        )
-    ).to(memory_format=torch.channels_last)  # fmt: skip  # pyright: ignore[reportCallIssue]
+    config = ResNetConfig(
+        num_channels=3,
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        hidden_act="relu",
+    )
+    return ResNetModel(config).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def over_background(pixels: np.ndarray | Tensor, background: Tensor | float = 1.0) -> Tensor:
@@ -46,9 +50,10 @@ def train_image_encoder(work: Path, pictures: PictureSet, plan: Plan, batch: int
     torch.manual_seed(0)
     rows = pictures.training_rows()
     width = 256
+    encoder = new_image_encoder()
     parts = nn.ModuleDict(
         {
-            "image_encoder": new_image_encoder(),
+            "image_encoder": encoder,
             "style": nn.Linear(width, len(STYLES)),
             "concept": nn.Linear(width, len(pictures.concepts)),
             "thumbnail": nn.Linear(width, 4 * THUMBNAIL**2),
@@ -62,7 +67,7 @@ def train_image_encoder(work: Path, pictures: PictureSet, plan: Plan, batch: int
         white = torch.rand(batch, 1, 1, 1, generator=generator) < 0.7
         colour = torch.where(white, torch.ones(()), torch.rand(batch, 3, 1, 1, generator=generator))
         seen = augment(over_background(pictures.pixels[chosen], colour), generator)
-        pooled = parts["image_encoder"](normalise(seen)).pooler_output.flatten(1)
+        pooled = encoder(normalise(seen)).pooler_output.flatten(1)
         small = F.adaptive_avg_pool2d(
             torch.as_tensor(pictures.pixels[chosen]).permute(0, 3, 1, 2).float() / 255, THUMBNAIL
         )
@@ -72,7 +77,8 @@ def train_image_encoder(work: Path, pictures: PictureSet, plan: Plan, batch: int
             "thumbnail": 20 * F.mse_loss(parts["thumbnail"](pooled), small.flatten(1)),
         }
 
-    return run_stage("vision", work, plan, parts, loss_at)["image_encoder"]
+    run_stage("vision", work, plan, parts, loss_at)
+    return encoder
 
 
 def normalise(rgb: Tensor) -> Tensor:

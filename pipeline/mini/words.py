@@ -134,7 +134,8 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS, projection_dim=WORD_VECTOR, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+            max_position_embeddings=MAX_TOKENS, projection_dim=WORD_VECTOR,
+            pad_token_id=0, bos_token_id=2, eos_token_id=3,
         )
     )  # fmt: skip
 
@@ -149,12 +150,9 @@ def train_text_encoder(
     concept = torch.from_numpy(captions.concept)
     is_name = torch.from_numpy(captions.is_name)
     names, others = np.flatnonzero(captions.is_name), np.flatnonzero(~captions.is_name)
-    parts = nn.ModuleDict(
-        {
-            "text_encoder": new_text_encoder(len(tokenizer)),
-            "prototypes": nn.Linear(WORD_VECTOR, int(concept.max()) + 1, bias=False),
-        }
-    )
+    encoder = new_text_encoder(len(tokenizer))
+    prototypes = nn.Linear(WORD_VECTOR, int(concept.max()) + 1, bias=False)
+    parts = nn.ModuleDict({"text_encoder": encoder, "prototypes": prototypes})
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         pick = random.Random(step)
@@ -165,18 +163,16 @@ def train_text_encoder(
         rows = rows[start : start + batch]
         longest = max(len(encoded[row]) for row in rows)
         ids = torch.tensor([encoded[row] + [0] * (longest - len(encoded[row])) for row in rows])
-        vectors = F.normalize(
-            parts["text_encoder"](input_ids=ids, attention_mask=(ids != 0).long()).text_embeds, dim=-1
-        )
+        vectors = F.normalize(encoder(input_ids=ids, attention_mask=(ids != 0).long()).text_embeds, dim=-1)
         chosen = torch.tensor(rows)
         follow = 4 * (1 - (vectors * targets[chosen]).sum(-1)).mean()
         named = is_name[chosen]
-        prototypes = F.normalize(parts["prototypes"].weight, dim=-1)
-        logits = 20 * vectors[named] @ prototypes.T
+        logits = 20 * vectors[named] @ F.normalize(prototypes.weight, dim=-1).T
         apart = F.cross_entropy(logits, concept[chosen][named]) if named.any() else logits.sum()
         return {"follow": follow, "apart": 0.15 * apart}
 
-    return run_stage("text", work, plan, parts, loss_at)["text_encoder"]
+    run_stage("text", work, plan, parts, loss_at)
+    return encoder
 
 
 @torch.no_grad()

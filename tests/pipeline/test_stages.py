@@ -1,0 +1,214 @@
+"""The four stages on the small model as it ships: real words, real weights, real pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.fusion import METHODS, fuse
+from pipeline.generation import generate
+from pipeline.image_encoder import encode_image
+from pipeline.mini import MODEL_FOLDER
+from pipeline.model_cache import ModelCache
+from pipeline.residency import TorchResidency
+from pipeline.text_encoder import LONGEST_PROMPT, encode_prompt
+
+from .folders import save_stable_diffusion
+
+PROMPTS: dict[str, str] = json.loads((Path(__file__).parent / "prompts.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def cache() -> ModelCache:
+    return ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
+
+
+@pytest.fixture(scope="module")
+def mini() -> Checkpoint:
+    return open_checkpoint(MODEL_FOLDER)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(save_stable_diffusion(tmp_path_factory.mktemp("sd") / "tiny-sd"))
+
+
+def picture(batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def likeness(cache: ModelCache, mini: Checkpoint, one: str, other: str) -> float:
+    vectors = [encode_prompt(cache, mini, PROMPTS[name]).pooled for name in (one, other)]
+    return float(torch.cosine_similarity(*vectors))
+
+
+def test_chinese_and_english_mean_the_same(cache: ModelCache, mini: Checkpoint):
+    assert likeness(cache, mini, "rose_zh", "rose_en") > 0.8
+    assert likeness(cache, mini, "rose_zh", "truck_zh") < 0.5
+    assert likeness(cache, mini, "truck_zh", "truck_en") > 0.8
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_any_prompt_is_deterministic_and_finite(cache: ModelCache, mini: Checkpoint, name: str):
+    first, second = (encode_prompt(cache, mini, PROMPTS[name]) for _ in range(2))
+    assert first.tokens.isfinite().all() and first.pooled is not None and first.pooled.isfinite().all()
+    assert torch.equal(first.tokens, second.tokens)
+    assert first.mask.shape == first.tokens.shape[:2]
+
+
+def test_a_prompt_of_ten_thousand_characters_is_read_to_its_end(cache: ModelCache, mini: Checkpoint):
+    long = encode_prompt(cache, mini, "rose " * 1999 + "truck")
+    assert int(long.mask.sum()) == 2000
+    assert any("windows" in notice for notice in long.notices)
+
+
+def test_a_prompt_that_is_a_file_is_refused(cache: ModelCache, mini: Checkpoint):
+    with pytest.raises(ValueError, match="at most 20,000 characters, got 20,001"):
+        encode_prompt(cache, mini, "a" * (LONGEST_PROMPT + 1))
+
+
+def test_unknown_words_are_told(cache: ModelCache, mini: Checkpoint):
+    assert any("not known" in notice for notice in encode_prompt(cache, mini, PROMPTS["unknown"]).notices)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 4, 50, 20), (2, 3, 64, 64), (1, 1, 9, 9)])
+def test_pictures_of_any_shape_have_features(cache: ModelCache, mini: Checkpoint, shape: tuple[int, ...]):
+    features = encode_image(cache, mini, torch.rand(shape))
+    assert features.tokens.shape == (shape[0], 16, 256) and features.grid == (4, 4)
+    assert features.pooled.shape == (shape[0], 256)
+
+
+def test_what_a_mask_hides_is_not_seen(cache: ModelCache, mini: Checkpoint):
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1
+    changed = picture()
+    changed[..., :32] = 0
+    hidden = encode_image(cache, mini, picture(), mask), encode_image(cache, mini, changed, mask)
+    seen = encode_image(cache, mini, picture()), encode_image(cache, mini, changed)
+    assert torch.equal(hidden[0].pooled, hidden[1].pooled)
+    assert not torch.equal(seen[0].pooled, seen[1].pooled)
+
+
+def test_a_picture_that_is_no_number_is_refused(cache: ModelCache, mini: Checkpoint):
+    broken = picture()
+    broken[0, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        encode_image(cache, mini, broken)
+
+
+def test_an_imagenet_cnn_gives_features_of_its_own_space(cache: ModelCache, mini: Checkpoint):
+    features = encode_image(cache, mini, picture(), encoder="efficientnet-lite0")
+    assert features.tokens.shape == (1, 49, 1280)
+    with pytest.raises(ValueError, match="efficientnet-lite0/imagenet"):
+        fuse(cache, mini, None, features)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ends_of_the_dial_are_exactly_one_side_alone(cache: ModelCache, mini: Checkpoint, method: str):
+    words, features = encode_prompt(cache, mini, "rose"), encode_image(cache, mini, picture())
+    alone = fuse(cache, mini, words, None), fuse(cache, mini, None, features)
+    for strength, expected in zip((0.0, 1.0), alone, strict=True):
+        assert torch.equal(fuse(cache, mini, words, features, method=method, strength=strength).tokens, expected.tokens)
+    between = fuse(cache, mini, words, features, method=method, strength=0.5).tokens
+    assert not torch.allclose(between, alone[0].tokens) and not torch.allclose(between, alone[1].tokens)
+
+
+def test_an_empty_prompt_leaves_the_picture_alone(cache: ModelCache, mini: Checkpoint):
+    features = encode_image(cache, mini, picture())
+    with_nothing = fuse(cache, mini, encode_prompt(cache, mini, "  "), features)
+    assert torch.equal(with_nothing.tokens, fuse(cache, mini, None, features).tokens)
+
+
+def test_batches_meet_or_are_refused(cache: ModelCache, mini: Checkpoint):
+    words = encode_prompt(cache, mini, "rose")
+    assert fuse(cache, mini, words, encode_image(cache, mini, picture(3))).tokens.shape[0] == 3
+    two = type(words)(words.tokens.repeat(2, 1, 1), torch.cat([words.pooled] * 2), words.mask.repeat(2, 1), words.space)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="2 prompts and 3 pictures"):
+        fuse(cache, mini, two, encode_image(cache, mini, picture(3)))
+
+
+def test_another_models_words_are_refused(cache: ModelCache, mini: Checkpoint, stable_diffusion: Checkpoint):
+    foreign = encode_prompt(cache, stable_diffusion, "a b")
+    with pytest.raises(ValueError, match=r"duet-mini/text_encoder.*tiny-sd/text_encoder"):
+        fuse(cache, mini, foreign, None)
+    with pytest.raises(ValueError, match=r"tiny-sd/text_encoder.*duet-mini/fusion"):
+        generate(cache, stable_diffusion, fuse(cache, mini, encode_prompt(cache, mini, "rose"), None), seed=0)
+
+
+def test_each_picture_of_a_batch_equals_its_own_run(cache: ModelCache, mini: Checkpoint):
+    condition = fuse(cache, mini, encode_prompt(cache, mini, "rose"), None)
+    batch = generate(cache, mini, condition, seed=5, width=64, height=64, batch_size=3)
+    single = generate(cache, mini, condition, seed=7, width=64, height=64)
+    assert batch.pixels.shape == (3, 3, 64, 64) and batch.alpha.shape == (3, 1, 64, 64)
+    assert torch.allclose(batch.pixels[2] * batch.alpha[2], single.pixels[0] * single.alpha[0], atol=1e-4)
+    assert not torch.allclose(batch.pixels[0], batch.pixels[1], atol=1e-3)
+
+
+def test_the_small_model_is_resized_and_says_so(cache: ModelCache, mini: Checkpoint):
+    made = generate(
+        cache, mini, fuse(cache, mini, encode_prompt(cache, mini, "rose"), None), seed=0, width=200, height=100
+    )
+    assert made.pixels.shape == (1, 3, 100, 200)
+    assert any("resized to 200x100" in notice for notice in made.notices)
+    assert made.alpha[..., :20].amax() == 0  # padded with transparency, not stretched
+
+
+def test_stable_diffusion_runs_with_guidance(cache: ModelCache, stable_diffusion: Checkpoint):
+    words = encode_prompt(cache, stable_diffusion, "a b", "ab")
+    assert words.tokens.shape[1] == 77 and words.negative is not None
+    condition = fuse(cache, stable_diffusion, words, None)
+    steered, plain = (
+        generate(
+            cache, stable_diffusion, condition, seed=1, num_inference_steps=2, width=66, height=64, guidance_scale=scale
+        )
+        for scale in (7.5, 1.0)
+    )
+    assert steered.pixels.shape == (1, 3, 64, 64) and steered.alpha.eq(1).all()
+    assert any("66x64 rounded to 64x64" in notice for notice in steered.notices)
+    assert not torch.equal(steered.pixels, plain.pixels)
+
+
+def test_a_model_without_fusion_takes_words_alone(cache: ModelCache, mini: Checkpoint, stable_diffusion: Checkpoint):
+    with pytest.raises(ValueError, match="tiny-sd has no fusion network"):
+        fuse(cache, stable_diffusion, None, encode_image(cache, mini, picture()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width": 0}, "width must be 16 to 4096, got 0"),
+        ({"height": 7}, "height must be 16 to 4096, got 7"),
+        ({"width": 100_000}, "width must be 16 to 4096, got 100000"),
+        ({"num_inference_steps": 0}, "steps must be 1 to 1000, got 0"),
+        ({"batch_size": 65}, "batch size must be 1 to 64, got 65"),
+    ],
+)
+def test_numbers_out_of_range(cache: ModelCache, mini: Checkpoint, changes: dict[str, int], said: str):
+    condition = fuse(cache, mini, encode_prompt(cache, mini, "rose"), None)
+    with pytest.raises(ValueError, match=said):
+        generate(cache, mini, condition, seed=0, **changes)  # type: ignore[arg-type]
+
+
+def test_an_interrupt_stops_within_a_step_and_leaves_no_pin(cache: ModelCache, mini: Checkpoint):
+    condition = fuse(cache, mini, encode_prompt(cache, mini, "rose"), None)
+    before = generate(cache, mini, condition, seed=3, width=64, height=64)
+    steps = []
+
+    def stop(step: int, total: int, preview) -> None:
+        steps.append((step, total, preview().shape))
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(cache, mini, condition, seed=3, on_step=stop)
+    assert steps == [(1, 4, (3, 64, 64)), (2, 4, (3, 64, 64))]
+    assert not any(entry.pins for entry in cache.stats().entries)
+    assert torch.equal(before.pixels, generate(cache, mini, condition, seed=3, width=64, height=64).pixels)
+
+
+def test_words_alone_load_no_image_encoder(mini: Checkpoint):
+    cache = ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
+    generate(cache, mini, fuse(cache, mini, encode_prompt(cache, mini, "rose"), None), seed=0)
+    assert sorted(entry.key.component for entry in cache.stats().entries) == ["fusion", "text_encoder", "unet", "vae"]
