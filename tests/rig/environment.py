@@ -119,11 +119,16 @@ def _logged(command: list[str], environment: dict[str, str] | None = None) -> No
         )
         assert process.stdout is not None
         lines: list[str] = []
-        for line in process.stdout:
-            log.write(line)
-            lines.append(line)
-            if telling.match(line):
-                print(f"  {line.strip()[:160]}", flush=True)
+        try:
+            for line in process.stdout:
+                log.write(line)
+                lines.append(line)
+                if telling.match(line):
+                    print(f"  {line.strip()[:160]}", flush=True)
+        except BaseException:
+            process.terminate()  # else it would go on installing, unseen, into what the next set-up finds
+            process.wait()
+            raise
         if process.wait() != 0:
             tail = "".join(lines[-15:])
             raise RigError(f"{' '.join(command[:5])} ... failed ({process.returncode}):\n{tail}")
