@@ -2,46 +2,21 @@
 that holds what it held before. And input that is only odd, which must simply work.
 """
 
-import io
 import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from pipeline.mini import MODEL_FOLDER
-from tests.rig.client import Client, Prompt, PromptRefusedError, Run
+from tests.nodes.prompts import finished, graph, pixels_of
+from tests.rig.client import Client, Prompt, PromptRefusedError
 from tests.rig.host import ComfyServer
 
 ODD_TEXTS = json.loads(Path(__file__).with_name("odd_texts.json").read_text(encoding="utf-8"))
-
-
-def graph(**changes: Any) -> Prompt:
-    """Words and an orange picture to an image, saved. changes: node__input=value."""
-    prompt: Prompt = {
-        "load": {"class_type": "DuetLoadModel", "inputs": {"model": "duet-mini (built in)"}},
-        "text": {"class_type": "DuetEmbedText", "inputs": {"model": ["load", 0], "prompt": "rose"}},
-        "image": {
-            "class_type": "EmptyImage",
-            "inputs": {"width": 48, "height": 40, "batch_size": 1, "color": 0xFF8800},
-        },
-        "look": {"class_type": "DuetImageFeatures", "inputs": {"model": ["load", 0], "image": ["image", 0]}},
-        "fuse": {"class_type": "DuetFuse", "inputs": {"model": ["load", 0], "method": "concat", "strength": 0.5}},
-        "draw": {"class_type": "DuetGenerate", "inputs": {"model": ["load", 0], "conditioning": ["fuse", 0]}},
-        "save": {"class_type": "PreviewImage", "inputs": {"images": ["draw", 0]}},
-    }
-    prompt["look"]["inputs"]["encoder"] = "model"
-    prompt["fuse"]["inputs"] |= {"prompt_embeds": ["text", 0], "image_features": ["look", 0]}
-    prompt["draw"]["inputs"] |= {"seed": 0, "steps": 1, "guidance_scale": 1.0}
-    prompt["draw"]["inputs"] |= {"width": 64, "height": 64, "batch_size": 1}
-    for place, value in changes.items():
-        node, _, name = place.partition("__")
-        prompt[node]["inputs"][name] = value
-    return prompt
 
 
 def held(client: Client) -> list[tuple]:
@@ -55,6 +30,7 @@ def held(client: Client) -> list[tuple]:
 @pytest.fixture(scope="module")
 def warm(client: Client) -> list[tuple]:
     """The cache after a good run: what must still be held after a bad one."""
+    client.free()
     assert client.run(graph()).succeeded
     return held(client)
 
@@ -228,8 +204,8 @@ def test_features_of_another_encoder_are_refused_naming_both(fails, client: Clie
 @pytest.mark.parametrize("name", ODD_TEXTS)
 def test_an_odd_prompt_makes_a_picture(client: Client, name: str):
     text = ODD_TEXTS[name] if name != "10,000 characters" else (ODD_TEXTS[name] * 10_000)[:10_000]
-    first, second = (pictures_of(client, client.run(graph(text__prompt=text, draw__seed=seed))) for seed in (7, 8))
-    again = pictures_of(client, client.run(graph(text__prompt=text, draw__seed=7)))
+    first, second = (pixels_of(client, client.run(graph(text__prompt=text, draw__seed=seed))) for seed in (7, 8))
+    again = pixels_of(client, client.run(graph(text__prompt=text, draw__seed=7)))
     assert first == again != second
 
 
@@ -251,17 +227,5 @@ def test_nothing_to_fuse_is_refused(fails):
 
 
 def test_a_background_that_is_no_colour_is_refused(fails):
-    prompt = graph(save__images=["finish", 0])
-    settings = {"width": 0, "height": 0, "fit": "pad", "background": "nowhere", "lift_off_white": True}
-    prompt["finish"] = {
-        "class_type": "DuetFinishImage",
-        "inputs": {"image": ["draw", 0], "mask": ["draw", 1], **settings},
-    }
-    message = fails(prompt, "DuetFinishImage")
+    message = fails(finished(graph(), background="nowhere"), "DuetFinishImage")
     assert message.startswith("Finish image: expected a background") and "'nowhere'" in message
-
-
-def pictures_of(client: Client, run: Run) -> list[bytes]:
-    """The pixels, for the files also hold the prompt."""
-    assert run.succeeded, run.error
-    return [Image.open(io.BytesIO(client.fetch_image(image))).tobytes() for image in run.images()]
