@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 from PIL import Image
 
@@ -36,16 +37,18 @@ def _saved_pictures(client: Client, prompt_id: str) -> list[Image.Image]:
 
 
 def _sheet(pictures: list[Image.Image]) -> Image.Image:
-    """One picture alone, or the first four in a square, each whole and on white."""
+    """One picture alone, or up to four in two columns, each whole and on white."""
+    pictures = pictures[:4]
     columns = 1 if len(pictures) == 1 else 2
     cell = _SIDE // columns
+    above = (_SIDE - math.ceil(len(pictures) / columns) * cell) // 2
     sheet = Image.new("RGB", (_SIDE, _SIDE), "white")
-    for index, picture in enumerate(pictures[:4]):
+    for index, picture in enumerate(pictures):
         scale = cell / max(picture.size)
         small = picture.convert("RGBA").resize(
             [max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS
         )
         left = index % columns * cell + (cell - small.width) // 2
-        top = index // columns * cell + (cell - small.height) // 2
+        top = above + index // columns * cell + (cell - small.height) // 2
         sheet.paste(small, (left, top), small)
     return sheet
