@@ -76,7 +76,7 @@ def generate(
             guidance_scale if conditioning.negative is not None else 1.0,
             start_noise=checkpoint.family.start_noise,
             on_step=lambda step, now: (
-                on_step(step, num_inference_steps, lambda: _decode(vae, now[:1])[0][0]) if on_step else None
+                on_step(step, num_inference_steps, lambda: _preview(vae, now)) if on_step else None
             ),
         )
         if not torch.isfinite(latents).all():
@@ -150,6 +150,12 @@ def _decode(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
         return values, torch.ones_like(values[:, :1])
     alpha = values[:, 3:]
     return (values[:, :3] / alpha.clamp(min=1 / 255)).clamp(0, 1), alpha
+
+
+def _preview(vae: Any, latents: Tensor) -> Tensor:
+    """The first picture over white, RGB (3, h, w)."""
+    pixels, alpha = _decode(vae, latents[:1])
+    return (pixels * alpha + 1 - alpha)[0]
 
 
 def _noise(shape: tuple[int, int, int], seed: int, count: int) -> Tensor:
