@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 
-from . import CACHE, PYTHON, ROOT
+from . import CACHE, CALM_THREADS, PYTHON, ROOT
 from .environment import apt_install
 
 _CHECKS = (
@@ -18,7 +18,8 @@ def run_checks(pytest_arguments: list[str]) -> int:
     """Give 0 if everything passed; a failed check does not keep the tests from running."""
     if shutil.which("chromium") is None:
         apt_install("chromium", "driving the page")
-    environment = os.environ | {"PYRIGHT_PYTHON_CACHE_DIR": str(CACHE / "pyright"), "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {"PYRIGHT_PYTHON_CACHE_DIR": str(CACHE / "pyright"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | CALM_THREADS | own
     failed = []
     for name, command in _CHECKS:
         print(f"check: {name}", flush=True)

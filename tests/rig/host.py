@@ -13,13 +13,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from . import CACHE, PYTHON, ROOT, RigError
+from . import CACHE, CALM_THREADS, PYTHON, ROOT, RigError
 from .environment import HOST, exclusive, site_packages
 
 # A custom node that counts, without the pack's help, what lives in the host's process.
 PROBE = ROOT / "tests" / "host" / "probe_node.py"
 
 _READY_WITHIN_S = 180
+_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -119,7 +120,7 @@ class ComfyServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+                env=os.environ | CALM_THREADS | _ENVIRONMENT,
                 start_new_session=True,  # Ctrl-C reaches the rig alone, which then stops the server in order
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )

@@ -30,12 +30,16 @@ _HOST_NOISE = re.compile(
 _RUN = """
 (seconds) => new Promise((resolve) => {
     const kinds = ["execution_success", "execution_error", "execution_interrupted"];
+    const outputs = {};
+    const keep = (event) => { outputs[event.detail.node] = event.detail.output; };
     const end = (answer) => {
         for (const kind of kinds) window.app.api.removeEventListener(kind, listen);
-        resolve(answer);
+        window.app.api.removeEventListener("executed", keep);
+        resolve({...answer, outputs});
     };
     const listen = (event) => end({...event.detail, kind: event.type});
     for (const kind of kinds) window.app.api.addEventListener(kind, listen);
+    window.app.api.addEventListener("executed", keep);
     setTimeout(() => end({kind: `no end within ${seconds} s`}), 1000 * seconds);
     window.app.queuePrompt(0, 1).then(() => {
         const refused = window.app.lastNodeErrors;
@@ -82,7 +86,7 @@ class ComfyPage:
         return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
 
     def run(self, seconds: float = 120) -> dict[str, Any]:
-        """Press Run and wait for the end: the last message, with its type as ``kind``."""
+        """Press Run and wait for the end: the last message, its type as ``kind``, and ``outputs`` by node id."""
         return self.page.evaluate(_RUN, seconds)
 
     def _console(self, message: ConsoleMessage) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from typing import Any
 
 from PIL import Image
 
@@ -26,14 +27,13 @@ def make_thumbnails() -> None:
             if end["kind"] != "execution_success":
                 raise RigError(f"{path.name}: {end.get('exception_message') or end}")
             thumbnail = path.with_suffix(".jpg")
-            _sheet(_saved_pictures(client, end["prompt_id"])).save(thumbnail, quality=85)
+            _sheet(_saved_pictures(client, end["outputs"])).save(thumbnail, quality=85)
             print(thumbnail.relative_to(ROOT), flush=True)
 
 
-def _saved_pictures(client: Client, prompt_id: str) -> list[Image.Image]:
-    outputs = client.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
-    images = [image for ui in outputs.values() for image in ui.get("images", []) if image["type"] == "output"]
-    return [Image.open(io.BytesIO(client.fetch_image(image))) for image in images]
+def _saved_pictures(client: Client, outputs: dict[str, dict[str, Any]]) -> list[Image.Image]:
+    saved = [image for ui in outputs.values() for image in ui.get("images", []) if image["type"] == "output"]
+    return [Image.open(io.BytesIO(client.fetch_image(image))) for image in saved]
 
 
 def _sheet(pictures: list[Image.Image]) -> Image.Image:
