@@ -39,15 +39,20 @@ def picture(batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
-def likeness(cache: ModelCache, mini: Checkpoint, one: str, other: str) -> float:
-    vectors = [encode_prompt(cache, mini, PROMPTS[name]).pooled for name in (one, other)]
-    return float(torch.cosine_similarity(*vectors))
+def pooled(cache: ModelCache, mini: Checkpoint, name: str) -> torch.Tensor:
+    found = encode_prompt(cache, mini, PROMPTS[name]).pooled
+    assert found is not None
+    return found
 
 
 def test_chinese_and_english_mean_the_same(cache: ModelCache, mini: Checkpoint):
-    assert likeness(cache, mini, "rose_zh", "rose_en") > 0.8
-    assert likeness(cache, mini, "rose_zh", "truck_zh") < 0.5
-    assert likeness(cache, mini, "truck_zh", "truck_en") > 0.8
+    rose_zh, rose_en, truck_zh, truck_en = (
+        pooled(cache, mini, name) for name in ("rose_zh", "rose_en", "truck_zh", "truck_en")
+    )
+    for same in ((rose_zh, rose_en), (truck_zh, truck_en)):
+        assert torch.cosine_similarity(*same) > 0.75
+    for other in ((rose_zh, truck_zh), (rose_en, truck_en), (rose_zh, truck_en)):
+        assert torch.cosine_similarity(*other) < 0.5
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
