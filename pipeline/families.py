@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
         components=("tokenizer", "text_encoder", "image_encoder", "fusion", "unet", "vae", "scheduler"),
         fixed_size=True,
         image_size=64,
-        start_noise=0.3,
+        start_noise=0.1,
         device_dtype=torch.float32,
     ),
     "StableDiffusionPipeline": Family(

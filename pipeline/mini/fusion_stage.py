@@ -15,7 +15,7 @@ from .pictures import PictureSet
 
 HOUSE_STYLES = tuple(STYLES.index(name) for name in ("fluent-3d", "noto", "twemoji", "fluent-color"))
 NAME_SHARE = 0.85  # how often a concept is called by its name; a keyword such as "love" names many pictures at once
-BOTH_SHARE, WORDS_SHARE = 0.6, 0.25  # the remaining share sees a picture alone
+BOTH_SHARE, WORDS_SHARE = 0.7, 0.2  # the remaining share sees a picture alone
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .fusion_stage import Examples, Tables, fused
 from .loop import Plan, run_stage
 from .pictures import PictureSet
 
-START_NOISE = 0.3  # s, relative to latents of unit variance
+START_NOISE = 0.3  # s, relative to latents of unit variance; the family table walks from less, which draws truer
 FIRST_STEP_SHARE = 0.3  # how often sigma is exactly 1, which is all that a one-step run ever sees
 TRAIN_TIMESTEPS = 1000
 

@@ -36,7 +36,7 @@ PLANS = {
     "vision": Plan(steps=2200, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(steps=2600, learning_rate=2e-3, warmup=100, weight_decay=0.0),
     "fusion": Plan(steps=6500, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
-    "generator": Plan(steps=3000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
+    "generator": Plan(steps=2400, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
 }
 VIEWS = 4  # of each picture, the first one clean
 
@@ -162,6 +162,7 @@ def export(work: Path, target: Path, unet: UNet2DConditionModel) -> None:
     parts["vae"].register_to_config(scaling_factor=scaling_factor)
     for name, part in parts.items():
         part.half().save_pretrained(target / name, safe_serialization=True)
+        _forget_origin(target / name / "config.json")
     PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(target / "tokenizer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(target / "scheduler")
     index = {
@@ -170,6 +171,12 @@ def export(work: Path, target: Path, unet: UNet2DConditionModel) -> None:
         **{k: list(v) for k, v in COMPONENTS.items()},
     }
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget_origin(config: Path) -> None:
+    """diffusers notes the folder that a part was read from, which is of no use to anyone else."""
+    kept = {key: value for key, value in json.loads(config.read_text("utf-8")).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
