@@ -19,6 +19,7 @@ from transformers import (
 
 from pipeline.fusion_network import FusionNetwork
 
+PROMPTS: dict[str, str] = json.loads(Path(__file__).with_name("prompts.json").read_text("utf-8"))
 MINI = {
     "_class_name": "DuetMiniPipeline",
     "_diffusers_version": "0.42.1",

@@ -1,6 +1,5 @@
 """The built-in model keeps its promises: a rose is a rose in both languages, and a style picture is followed."""
 
-import json
 import time
 from pathlib import Path
 
@@ -9,35 +8,24 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.checkpoints import Checkpoint
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.image_encoder import encode_image
 from pipeline.mini import MODEL_FOLDER
 from pipeline.model_cache import ModelCache
-from pipeline.residency import TorchResidency
 from pipeline.text_encoder import encode_prompt
 
-PROMPTS: dict[str, str] = json.loads((Path(__file__).parent / "prompts.json").read_text("utf-8"))
-
-
-@pytest.fixture(scope="module")
-def cache() -> ModelCache:
-    return ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
-
-
-@pytest.fixture(scope="module")
-def mini() -> Checkpoint:
-    return open_checkpoint(MODEL_FOLDER)
+from .folders import PROMPTS
 
 
 def draw(
-    cache: ModelCache, mini: Checkpoint, prompt: str, style: torch.Tensor | None = None, steps: int = 4
+    warm: ModelCache, shipped: Checkpoint, prompt: str, style: torch.Tensor | None = None, steps: int = 4
 ) -> torch.Tensor:
     """Premultiplied RGBA (4, 64, 64)."""
-    features = encode_image(cache, mini, style) if style is not None else None
-    condition = fuse(cache, mini, encode_prompt(cache, mini, prompt), features)
-    made = generate(cache, mini, condition, seed=1, num_inference_steps=steps, width=64, height=64)
+    features = encode_image(warm, shipped, style) if style is not None else None
+    condition = fuse(warm, shipped, encode_prompt(warm, shipped, prompt), features)
+    made = generate(warm, shipped, condition, seed=1, num_inference_steps=steps, width=64, height=64)
     return torch.cat([made.pixels * made.alpha, made.alpha], dim=1)[0]
 
 
@@ -51,45 +39,45 @@ def black_and_white() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["rose_zh", "rose_en"])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_rose_is_a_red_flower_on_a_green_stem(cache: ModelCache, mini: Checkpoint, name: str, steps: int):
-    red, green, blue, alpha = draw(cache, mini, PROMPTS[name], steps=steps)
+def test_a_rose_is_a_red_flower_on_a_green_stem(warm: ModelCache, shipped: Checkpoint, name: str, steps: int):
+    red, green, blue, alpha = draw(warm, shipped, PROMPTS[name], steps=steps)
     flower, stem = slice(4, 32), slice(40, 62)
     assert red[flower].sum() > 2 * green[flower].sum() and red[flower].sum() > 2 * blue[flower].sum()
     assert green[stem].sum() > blue[stem].sum() and green[stem].sum() > 0.8 * red[stem].sum()
     assert alpha[:4, :4].amax() < 0.2 and alpha[12:28, 24:40].mean() > 0.8
 
 
-def test_both_languages_give_one_picture(cache: ModelCache, mini: Checkpoint):
-    rose_zh, rose_en, truck = (draw(cache, mini, PROMPTS[name]) for name in ("rose_zh", "rose_en", "truck_zh"))
+def test_both_languages_give_one_picture(warm: ModelCache, shipped: Checkpoint):
+    rose_zh, rose_en, truck = (draw(warm, shipped, PROMPTS[name]) for name in ("rose_zh", "rose_en", "truck_zh"))
     assert (rose_zh - rose_en).abs().mean() < 0.5 * (rose_zh - truck).abs().mean()
 
 
-def test_a_black_and_white_style_takes_the_colour_away(cache: ModelCache, mini: Checkpoint):
+def test_a_black_and_white_style_takes_the_colour_away(warm: ModelCache, shipped: Checkpoint):
     def colourfulness(rgba: torch.Tensor) -> float:
         return float((rgba[:3].amax(dim=0) - rgba[:3].amin(dim=0)).mean())
 
-    plain = draw(cache, mini, PROMPTS["rose_en"])
-    inked = draw(cache, mini, PROMPTS["rose_en"], black_and_white())
+    plain = draw(warm, shipped, PROMPTS["rose_en"])
+    inked = draw(warm, shipped, PROMPTS["rose_en"], black_and_white())
     assert colourfulness(inked) < 0.2 * colourfulness(plain)
 
 
-def test_a_picture_alone_gives_its_like(cache: ModelCache, mini: Checkpoint):
+def test_a_picture_alone_gives_its_like(warm: ModelCache, shipped: Checkpoint):
     style = Image.open(Path(__file__).parent.parent / "rig" / "style.png").convert("RGBA").resize((64, 64))
     rgba = torch.from_numpy(np.asarray(style).copy()).permute(2, 0, 1).float()[None] / 255
-    features = encode_image(cache, mini, rgba)
-    made = generate(cache, mini, fuse(cache, mini, None, features), seed=1, width=64, height=64)
+    features = encode_image(warm, shipped, rgba)
+    made = generate(warm, shipped, fuse(warm, shipped, None, features), seed=1, width=64, height=64)
     over_white = (made.pixels * made.alpha + 1 - made.alpha)[0]
     given = (rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:])[0]
-    other = draw(cache, mini, PROMPTS["truck_en"])
+    other = draw(warm, shipped, PROMPTS["truck_en"])
     assert (over_white - given).abs().mean() < 0.7 * (other[:3] + 1 - other[3:] - given).abs().mean()
 
 
-def test_it_is_small_and_quick(cache: ModelCache, mini: Checkpoint):
+def test_it_is_small_and_quick(warm: ModelCache, shipped: Checkpoint):
     assert sum(file.stat().st_size for file in MODEL_FOLDER.rglob("*") if file.is_file()) <= 40e6
-    draw(cache, mini, "warm up")
+    draw(warm, shipped, "warm up")
     spent = []
     for number in range(5):
         started = time.perf_counter()
-        draw(cache, mini, f"rocket {number}", black_and_white())
+        draw(warm, shipped, f"rocket {number}", black_and_white())
         spent.append(time.perf_counter() - started)
     assert sorted(spent)[2] < 0.5

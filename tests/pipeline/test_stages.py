@@ -1,8 +1,5 @@
 """The four stages on the small model as it ships: real words, real weights, real pictures."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,24 +7,11 @@ from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.fusion import METHODS, fuse
 from pipeline.generation import generate
 from pipeline.image_encoder import encode_image
-from pipeline.mini import MODEL_FOLDER
 from pipeline.model_cache import ModelCache
 from pipeline.residency import TorchResidency
 from pipeline.text_encoder import LONGEST_PROMPT, encode_prompt
 
-from .folders import save_stable_diffusion
-
-PROMPTS: dict[str, str] = json.loads((Path(__file__).parent / "prompts.json").read_text("utf-8"))
-
-
-@pytest.fixture(scope="module")
-def cache() -> ModelCache:
-    return ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
-
-
-@pytest.fixture(scope="module")
-def mini() -> Checkpoint:
-    return open_checkpoint(MODEL_FOLDER)
+from .folders import PROMPTS, save_stable_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +23,15 @@ def picture(batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
-def pooled(cache: ModelCache, mini: Checkpoint, name: str) -> torch.Tensor:
-    found = encode_prompt(cache, mini, PROMPTS[name]).pooled
+def pooled(warm: ModelCache, shipped: Checkpoint, name: str) -> torch.Tensor:
+    found = encode_prompt(warm, shipped, PROMPTS[name]).pooled
     assert found is not None
     return found
 
 
-def test_chinese_and_english_mean_the_same(cache: ModelCache, mini: Checkpoint):
+def test_chinese_and_english_mean_the_same(warm: ModelCache, shipped: Checkpoint):
     rose_zh, rose_en, truck_zh, truck_en = (
-        pooled(cache, mini, name) for name in ("rose_zh", "rose_en", "truck_zh", "truck_en")
+        pooled(warm, shipped, name) for name in ("rose_zh", "rose_en", "truck_zh", "truck_en")
     )
     for same in ((rose_zh, rose_en), (truck_zh, truck_en)):
         assert torch.cosine_similarity(*same) > 0.75
@@ -56,117 +40,119 @@ def test_chinese_and_english_mean_the_same(cache: ModelCache, mini: Checkpoint):
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
-def test_any_prompt_is_deterministic_and_finite(cache: ModelCache, mini: Checkpoint, name: str):
-    first, second = (encode_prompt(cache, mini, PROMPTS[name]) for _ in range(2))
+def test_any_prompt_is_deterministic_and_finite(warm: ModelCache, shipped: Checkpoint, name: str):
+    first, second = (encode_prompt(warm, shipped, PROMPTS[name]) for _ in range(2))
     assert first.tokens.isfinite().all() and first.pooled is not None and first.pooled.isfinite().all()
     assert torch.equal(first.tokens, second.tokens)
     assert first.mask.shape == first.tokens.shape[:2]
 
 
-def test_a_prompt_of_ten_thousand_characters_is_read_to_its_end(cache: ModelCache, mini: Checkpoint):
-    long = encode_prompt(cache, mini, "rose " * 1999 + "truck")
+def test_a_prompt_of_ten_thousand_characters_is_read_to_its_end(warm: ModelCache, shipped: Checkpoint):
+    long = encode_prompt(warm, shipped, "rose " * 1999 + "truck")
     assert int(long.mask.sum()) == 2000
     assert any("windows" in notice for notice in long.notices)
 
 
-def test_a_prompt_that_is_a_file_is_refused(cache: ModelCache, mini: Checkpoint):
+def test_a_prompt_that_is_a_file_is_refused(warm: ModelCache, shipped: Checkpoint):
     with pytest.raises(ValueError, match="at most 20,000 characters, got 20,001"):
-        encode_prompt(cache, mini, "a" * (LONGEST_PROMPT + 1))
+        encode_prompt(warm, shipped, "a" * (LONGEST_PROMPT + 1))
 
 
-def test_unknown_words_are_told(cache: ModelCache, mini: Checkpoint):
-    assert any("not known" in notice for notice in encode_prompt(cache, mini, PROMPTS["unknown"]).notices)
+def test_unknown_words_are_told(warm: ModelCache, shipped: Checkpoint):
+    assert any("not known" in notice for notice in encode_prompt(warm, shipped, PROMPTS["unknown"]).notices)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 4, 50, 20), (2, 3, 64, 64), (1, 1, 9, 9)])
-def test_pictures_of_any_shape_have_features(cache: ModelCache, mini: Checkpoint, shape: tuple[int, ...]):
-    features = encode_image(cache, mini, torch.rand(shape))
+def test_pictures_of_any_shape_have_features(warm: ModelCache, shipped: Checkpoint, shape: tuple[int, ...]):
+    features = encode_image(warm, shipped, torch.rand(shape))
     assert features.tokens.shape == (shape[0], 16, 256) and features.grid == (4, 4)
     assert features.pooled.shape == (shape[0], 256)
 
 
-def test_what_a_mask_hides_is_not_seen(cache: ModelCache, mini: Checkpoint):
+def test_what_a_mask_hides_is_not_seen(warm: ModelCache, shipped: Checkpoint):
     mask = torch.zeros(1, 64, 64)
     mask[:, :, 32:] = 1
     changed = picture()
     changed[..., :32] = 0
-    hidden = encode_image(cache, mini, picture(), mask), encode_image(cache, mini, changed, mask)
-    seen = encode_image(cache, mini, picture()), encode_image(cache, mini, changed)
+    hidden = encode_image(warm, shipped, picture(), mask), encode_image(warm, shipped, changed, mask)
+    seen = encode_image(warm, shipped, picture()), encode_image(warm, shipped, changed)
     assert torch.equal(hidden[0].pooled, hidden[1].pooled)
     assert not torch.equal(seen[0].pooled, seen[1].pooled)
 
 
-def test_a_picture_that_is_no_number_is_refused(cache: ModelCache, mini: Checkpoint):
+def test_a_picture_that_is_no_number_is_refused(warm: ModelCache, shipped: Checkpoint):
     broken = picture()
     broken[0, 0, 3, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        encode_image(cache, mini, broken)
+        encode_image(warm, shipped, broken)
 
 
-def test_an_imagenet_cnn_gives_features_of_its_own_space(cache: ModelCache, mini: Checkpoint):
-    features = encode_image(cache, mini, picture(), encoder="efficientnet-lite0")
+def test_an_imagenet_cnn_gives_features_of_its_own_space(warm: ModelCache, shipped: Checkpoint):
+    features = encode_image(warm, shipped, picture(), encoder="efficientnet-lite0")
     assert features.tokens.shape == (1, 49, 1280)
     with pytest.raises(ValueError, match="efficientnet-lite0/imagenet"):
-        fuse(cache, mini, None, features)
+        fuse(warm, shipped, None, features)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_ends_of_the_dial_are_exactly_one_side_alone(cache: ModelCache, mini: Checkpoint, method: str):
-    words, features = encode_prompt(cache, mini, "rose"), encode_image(cache, mini, picture())
-    alone = fuse(cache, mini, words, None), fuse(cache, mini, None, features)
+def test_the_ends_of_the_dial_are_exactly_one_side_alone(warm: ModelCache, shipped: Checkpoint, method: str):
+    words, features = encode_prompt(warm, shipped, "rose"), encode_image(warm, shipped, picture())
+    alone = fuse(warm, shipped, words, None), fuse(warm, shipped, None, features)
     for strength, expected in zip((0.0, 1.0), alone, strict=True):
-        assert torch.equal(fuse(cache, mini, words, features, method=method, strength=strength).tokens, expected.tokens)
-    between = fuse(cache, mini, words, features, method=method, strength=0.5).tokens
+        assert torch.equal(
+            fuse(warm, shipped, words, features, method=method, strength=strength).tokens, expected.tokens
+        )
+    between = fuse(warm, shipped, words, features, method=method, strength=0.5).tokens
     assert not torch.allclose(between, alone[0].tokens) and not torch.allclose(between, alone[1].tokens)
 
 
-def test_an_empty_prompt_leaves_the_picture_alone(cache: ModelCache, mini: Checkpoint):
-    features = encode_image(cache, mini, picture())
-    with_nothing = fuse(cache, mini, encode_prompt(cache, mini, "  "), features)
-    assert torch.equal(with_nothing.tokens, fuse(cache, mini, None, features).tokens)
+def test_an_empty_prompt_leaves_the_picture_alone(warm: ModelCache, shipped: Checkpoint):
+    features = encode_image(warm, shipped, picture())
+    with_nothing = fuse(warm, shipped, encode_prompt(warm, shipped, "  "), features)
+    assert torch.equal(with_nothing.tokens, fuse(warm, shipped, None, features).tokens)
 
 
-def test_batches_meet_or_are_refused(cache: ModelCache, mini: Checkpoint):
-    words = encode_prompt(cache, mini, "rose")
-    assert fuse(cache, mini, words, encode_image(cache, mini, picture(3))).tokens.shape[0] == 3
+def test_batches_meet_or_are_refused(warm: ModelCache, shipped: Checkpoint):
+    words = encode_prompt(warm, shipped, "rose")
+    assert fuse(warm, shipped, words, encode_image(warm, shipped, picture(3))).tokens.shape[0] == 3
     two = type(words)(words.tokens.repeat(2, 1, 1), torch.cat([words.pooled] * 2), words.mask.repeat(2, 1), words.space)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="2 prompts and 3 pictures"):
-        fuse(cache, mini, two, encode_image(cache, mini, picture(3)))
+        fuse(warm, shipped, two, encode_image(warm, shipped, picture(3)))
 
 
-def test_another_models_words_are_refused(cache: ModelCache, mini: Checkpoint, stable_diffusion: Checkpoint):
-    foreign = encode_prompt(cache, stable_diffusion, "a b")
+def test_another_models_words_are_refused(warm: ModelCache, shipped: Checkpoint, stable_diffusion: Checkpoint):
+    foreign = encode_prompt(warm, stable_diffusion, "a b")
     with pytest.raises(ValueError, match=r"duet-mini/text_encoder.*tiny-sd/text_encoder"):
-        fuse(cache, mini, foreign, None)
+        fuse(warm, shipped, foreign, None)
     with pytest.raises(ValueError, match=r"tiny-sd/text_encoder.*duet-mini/fusion"):
-        generate(cache, stable_diffusion, fuse(cache, mini, encode_prompt(cache, mini, "rose"), None), seed=0)
+        generate(warm, stable_diffusion, fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None), seed=0)
 
 
-def test_each_picture_of_a_batch_equals_its_own_run(cache: ModelCache, mini: Checkpoint):
-    condition = fuse(cache, mini, encode_prompt(cache, mini, "rose"), None)
-    batch = generate(cache, mini, condition, seed=5, width=64, height=64, batch_size=3)
-    single = generate(cache, mini, condition, seed=7, width=64, height=64)
+def test_each_picture_of_a_batch_equals_its_own_run(warm: ModelCache, shipped: Checkpoint):
+    condition = fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None)
+    batch = generate(warm, shipped, condition, seed=5, width=64, height=64, batch_size=3)
+    single = generate(warm, shipped, condition, seed=7, width=64, height=64)
     assert batch.pixels.shape == (3, 3, 64, 64) and batch.alpha.shape == (3, 1, 64, 64)
     assert torch.allclose(batch.pixels[2] * batch.alpha[2], single.pixels[0] * single.alpha[0], atol=1e-4)
     assert not torch.allclose(batch.pixels[0], batch.pixels[1], atol=1e-3)
 
 
-def test_the_small_model_is_resized_and_says_so(cache: ModelCache, mini: Checkpoint):
+def test_the_small_model_is_resized_and_says_so(warm: ModelCache, shipped: Checkpoint):
     made = generate(
-        cache, mini, fuse(cache, mini, encode_prompt(cache, mini, "rose"), None), seed=0, width=200, height=100
+        warm, shipped, fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None), seed=0, width=200, height=100
     )
     assert made.pixels.shape == (1, 3, 100, 200)
     assert any("resized to 200x100" in notice for notice in made.notices)
     assert made.alpha[..., :20].amax() == 0  # padded with transparency, not stretched
 
 
-def test_stable_diffusion_runs_with_guidance(cache: ModelCache, stable_diffusion: Checkpoint):
-    words = encode_prompt(cache, stable_diffusion, "a b", "ab")
+def test_stable_diffusion_runs_with_guidance(warm: ModelCache, stable_diffusion: Checkpoint):
+    words = encode_prompt(warm, stable_diffusion, "a b", "ab")
     assert words.tokens.shape[1] == 77 and words.negative is not None
-    condition = fuse(cache, stable_diffusion, words, None)
+    condition = fuse(warm, stable_diffusion, words, None)
     steered, plain = (
         generate(
-            cache, stable_diffusion, condition, seed=1, num_inference_steps=2, width=66, height=64, guidance_scale=scale
+            warm, stable_diffusion, condition, seed=1, num_inference_steps=2, width=66, height=64, guidance_scale=scale
         )
         for scale in (7.5, 1.0)
     )
@@ -175,9 +161,9 @@ def test_stable_diffusion_runs_with_guidance(cache: ModelCache, stable_diffusion
     assert not torch.equal(steered.pixels, plain.pixels)
 
 
-def test_a_model_without_fusion_takes_words_alone(cache: ModelCache, mini: Checkpoint, stable_diffusion: Checkpoint):
+def test_a_model_without_fusion_takes_words_alone(warm: ModelCache, shipped: Checkpoint, stable_diffusion: Checkpoint):
     with pytest.raises(ValueError, match="tiny-sd has no fusion network"):
-        fuse(cache, stable_diffusion, None, encode_image(cache, mini, picture()))
+        fuse(warm, stable_diffusion, None, encode_image(warm, shipped, picture()))
 
 
 @pytest.mark.parametrize(
@@ -190,15 +176,15 @@ def test_a_model_without_fusion_takes_words_alone(cache: ModelCache, mini: Check
         ({"batch_size": 65}, "batch size must be 1 to 64, got 65"),
     ],
 )
-def test_numbers_out_of_range(cache: ModelCache, mini: Checkpoint, changes: dict[str, int], said: str):
-    condition = fuse(cache, mini, encode_prompt(cache, mini, "rose"), None)
+def test_numbers_out_of_range(warm: ModelCache, shipped: Checkpoint, changes: dict[str, int], said: str):
+    condition = fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None)
     with pytest.raises(ValueError, match=said):
-        generate(cache, mini, condition, seed=0, **changes)  # type: ignore[arg-type]
+        generate(warm, shipped, condition, seed=0, **changes)  # type: ignore[arg-type]
 
 
-def test_an_interrupt_stops_within_a_step_and_leaves_no_pin(cache: ModelCache, mini: Checkpoint):
-    condition = fuse(cache, mini, encode_prompt(cache, mini, "rose"), None)
-    before = generate(cache, mini, condition, seed=3, width=64, height=64)
+def test_an_interrupt_stops_within_a_step_and_leaves_no_pin(warm: ModelCache, shipped: Checkpoint):
+    condition = fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None)
+    before = generate(warm, shipped, condition, seed=3, width=64, height=64)
     steps = []
 
     def stop(step: int, total: int, preview) -> None:
@@ -207,13 +193,13 @@ def test_an_interrupt_stops_within_a_step_and_leaves_no_pin(cache: ModelCache, m
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(cache, mini, condition, seed=3, on_step=stop)
+        generate(warm, shipped, condition, seed=3, on_step=stop)
     assert steps == [(1, 4, (3, 64, 64)), (2, 4, (3, 64, 64))]
-    assert not any(entry.pins for entry in cache.stats().entries)
-    assert torch.equal(before.pixels, generate(cache, mini, condition, seed=3, width=64, height=64).pixels)
+    assert not any(entry.pins for entry in warm.stats().entries)
+    assert torch.equal(before.pixels, generate(warm, shipped, condition, seed=3, width=64, height=64).pixels)
 
 
-def test_words_alone_load_no_image_encoder(mini: Checkpoint):
-    cache = ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
-    generate(cache, mini, fuse(cache, mini, encode_prompt(cache, mini, "rose"), None), seed=0)
+def test_words_alone_load_no_image_encoder(shipped: Checkpoint):
+    cache = ModelCache(TorchResidency("cpu"), 2**32)
+    generate(cache, shipped, fuse(cache, shipped, encode_prompt(cache, shipped, "rose"), None), seed=0)
     assert sorted(entry.key.component for entry in cache.stats().entries) == ["fusion", "text_encoder", "unet", "vae"]
