@@ -18,7 +18,6 @@ class Family:
     native_size: int
     size_multiple: int
     downscale: int
-    default_steps: int
     default_guidance: float
     components: tuple[str, ...]
     fixed_size: bool = False
@@ -37,7 +36,6 @@ FAMILIES: dict[str, Family] = {
         native_size=64,
         size_multiple=8,
         downscale=8,
-        default_steps=4,
         default_guidance=1.0,
         components=("tokenizer", "text_encoder", "image_encoder", "fusion", "unet", "vae", "scheduler"),
         fixed_size=True,
@@ -50,7 +48,6 @@ FAMILIES: dict[str, Family] = {
         native_size=512,
         size_multiple=8,
         downscale=8,
-        default_steps=25,
         default_guidance=7.5,
         components=_STABLE_DIFFUSION,
         pads_to_window=True,
