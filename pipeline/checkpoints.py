@@ -21,7 +21,7 @@ from .safetensors_files import CheckpointError, read_json, shown
 __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]
 
 # Parts of common folders that Duet has no use for.
-_IGNORED = {"feature_extractor", "safety_checker"}
+_IGNORED = {"feature_extractor", "processor", "safety_checker"}
 
 # from_pretrained changes torch's default dtype, and its initialisers, for the whole process while it runs.
 _building = threading.Lock()

@@ -11,27 +11,92 @@ from .safetensors_files import CheckpointError, check_weights, read_json, shard_
 
 # What a folder may ask for, by library. Anything else is refused: or a file would choose which code runs.
 _MODELS = {
-    "diffusers": {"AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "UNet2DConditionModel"},
-    "transformers": {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection", "ResNetModel"},
+    "diffusers": {
+        "AutoencoderDC",
+        "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderKLQwenImage",
+        "AutoencoderTiny",
+        "Flux2Transformer2DModel",
+        "FluxTransformer2DModel",
+        "HunyuanDiT2DModel",
+        "PixArtTransformer2DModel",
+        "QwenImageTransformer2DModel",
+        "SanaTransformer2DModel",
+        "SD3Transformer2DModel",
+        "Transformer2DModel",
+        "UNet2DConditionModel",
+        "ZImageTransformer2DModel",
+    },
+    "transformers": {
+        "BertModel",
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "CLIPVisionModelWithProjection",
+        "Gemma2ForCausalLM",
+        "Gemma2Model",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+        "Qwen3Model",
+        "ResNetModel",
+        "SiglipVisionModel",
+        "T5EncoderModel",
+    },
+    "kolors": {"ChatGLMModel"},
     "duet": {"FusionNetwork"},
 }
-_TOKENIZERS = {"transformers": {"CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast"}}
+_TOKENIZERS = {
+    "transformers": {
+        "BertTokenizer",
+        "BertTokenizerFast",
+        "CLIPTokenizer",
+        "CLIPTokenizerFast",
+        "GemmaTokenizer",
+        "GemmaTokenizerFast",
+        "PreTrainedTokenizerFast",
+        "Qwen2Tokenizer",
+        "Qwen2TokenizerFast",
+        "T5Tokenizer",
+        "T5TokenizerFast",
+    },
+    "kolors": {"ChatGLMTokenizer"},
+}
 _SCHEDULERS = {
     "diffusers": {
         "DDIMScheduler",
         "DDPMScheduler",
+        "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
         "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
         "HeunDiscreteScheduler",
         "LCMScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",
+        "SCMScheduler",
         "TCDScheduler",
         "UniPCMultistepScheduler",
     }
 }
+# Libraries of model_index.json that are no top-level package: where their classes are.
+_MODULES = {
+    "duet": {"FusionNetwork": (".fusion_network", __package__)},
+    "kolors": {
+        "ChatGLMModel": ("diffusers.pipelines.kolors.text_encoder", None),
+        "ChatGLMTokenizer": ("diffusers.pipelines.kolors.tokenizer", None),
+    },
+}
+# The files that a tokenizer may be made of: one of these sets.
+_TOKENIZER_FILES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("vocab.txt",),
+)
 
 _MOST_TRAIN_STEPS = 100_000
 
@@ -56,9 +121,8 @@ class Component:
         return self.config.parent
 
     def load_class(self) -> Any:
-        if self.library == "duet":
-            return getattr(importlib.import_module(".fusion_network", __package__), self.class_name)
-        return getattr(importlib.import_module(self.library), self.class_name)
+        module, package = _MODULES.get(self.library, {}).get(self.class_name, (self.library, None))
+        return getattr(importlib.import_module(module, package), self.class_name)
 
 
 def open_component(index: Path, name: str, entry: list[Any]) -> Component:
@@ -72,9 +136,8 @@ def open_component(index: Path, name: str, entry: list[Any]) -> Component:
     for kinds, find in ((_MODELS, _open_model), (_TOKENIZERS, _open_tokenizer), (_SCHEDULERS, _open_scheduler)):
         if class_name in kinds.get(library, ()):
             return find(name, library, class_name, folder)
-    allowed = {
-        class_name for kinds in (_MODELS, _TOKENIZERS, _SCHEDULERS) for names in kinds.values() for class_name in names
-    }
+    kinds = _TOKENIZERS if name.startswith("tokenizer") else _SCHEDULERS if name == "scheduler" else _MODELS
+    allowed = {class_name for names in kinds.values() for class_name in names}
     raise CheckpointError(f"{index}: {name} is {shown(entry)}; expected {either(allowed)}")
 
 
@@ -119,12 +182,9 @@ def _walk(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _open_tokenizer(name: str, library: str, class_name: str, folder: Path) -> Component:
     config = folder / "tokenizer_config.json"
     read_json(config)
-    if not (folder / "tokenizer.json").is_file() and not (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    ):
-        raise CheckpointError(
-            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt; found {_listing(folder)}"
-        )
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        expected = ", or ".join(" and ".join(names) for names in _TOKENIZER_FILES)
+        raise CheckpointError(f"{folder}: expected {expected}; found {_listing(folder)}")
     return Component(name, library, class_name, config)
 
 
