@@ -25,6 +25,7 @@ class Space:
 class PromptEmbeds:
     """Words. tokens: (B, L, D); pooled: (B, P) or None; mask: (B, L) bool, True where a token counts.
 
+    second: what another encoder says of the same words, where the denoiser listens to the two apart (HunyuanDiT).
     notices: sentences for the user, such as which part of the prompt the tokenizer does not know.
     """
 
@@ -34,6 +35,7 @@ class PromptEmbeds:
     space: Space
     negative: "PromptEmbeds | None" = None
     notices: tuple[str, ...] = ()
+    second: "PromptEmbeds | None" = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ImageFeatures:
 class FusedConditioning:
     """What the generator listens to. tokens: (B, N, D); pooled: (B, P) or None; mask: (B, N) bool.
 
-    grid: (h, w) with h*w == N where the tokens lie on the latents' own grid, else None.
+    grid: (h, w) with h*w == N where the tokens lie on the latents' own grid, else None. second: as in PromptEmbeds.
     """
 
     tokens: Tensor
@@ -61,6 +63,7 @@ class FusedConditioning:
     grid: tuple[int, int] | None = None
     negative: "FusedConditioning | None" = None
     notices: tuple[str, ...] = ()
+    second: "FusedConditioning | None" = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,18 @@
 """One table of what differs between model families. Everything else treats them alike."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The diffusers pipelines, by class name, that draw for each task; None where diffusers has none."""
+
+    text_to_image: str
+    image_to_image: str | None = None
+    inpaint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -10,8 +20,18 @@ class Family:
     """native_size, size_multiple, image_size: pixels; downscale: pixels a side of one latent.
 
     components: what a folder must hold; fixed_size: makes native_size only, whatever is asked for; pads_to_window:
-    trained on prompts padded to the tokenizer's window, so that the padding is part of the prompt; start_noise: how
-    much noise covers a condition that is itself a first picture; device_dtype: of weights on a GPU.
+    CLIP, trained on prompts padded to the tokenizer's window, so that the padding is part of the prompt, and hearing
+    weighted phrases; clip_layer: which of its hidden states is heard, 0 being the last one, normalised.
+    start_noise: how much noise covers a condition that is itself a first picture; device_dtype, vae_dtype: of weights
+    on a GPU, the second where the decoder overflows in the first.
+
+    tasks: None for a model that the pack draws itself. encoded: what the pipeline's ``encode_prompt`` returns, in its
+    order, None for what is not needed; empty where our own windows of CLIP are used. arguments: by which names its call
+    takes them; what is steered away from has the same names after ``negative_``. windows: the longest prompt, in
+    tokens, by tokenizer component; the first is the one that hears most.
+    guidance: how ``guidance_scale`` reaches the model. "negative": steering away from a negative prompt (arXiv
+    2207.12598); "true_cfg_scale": the same under this name; "from_zero": the same, 0 being plain where we say 1;
+    "embedded": an input of a distilled network, which hears no negative prompt.
     """
 
     name: str
@@ -22,14 +42,27 @@ class Family:
     components: tuple[str, ...]
     fixed_size: bool = False
     pads_to_window: bool = False
+    clip_layer: int = 0
     image_size: int = 0
     start_noise: float = 0.0
     device_dtype: torch.dtype = torch.float16
+    vae_dtype: torch.dtype | None = None
+    tasks: Tasks | None = None
+    encoded: tuple[str | None, ...] = ()
+    arguments: Mapping[str, str] = field(default_factory=lambda: {"tokens": "prompt_embeds"})
+    windows: Mapping[str, int] = field(default_factory=dict)
+    guidance: str = "negative"
+
+    @property
+    def takes_negative(self) -> bool:
+        return self.guidance != "embedded"
 
 
 _STABLE_DIFFUSION = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 _ONE_ENCODER = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 _TWO_ENCODERS = (*_ONE_ENCODER, "tokenizer_2", "text_encoder_2")
+_POOLED = {"tokens": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+_MASKED = {"tokens": "prompt_embeds", "mask": "prompt_attention_mask"}
 
 # By the _class_name of model_index.json.
 FAMILIES: dict[str, Family] = {
@@ -53,6 +86,7 @@ FAMILIES: dict[str, Family] = {
         default_guidance=7.5,
         components=_STABLE_DIFFUSION,
         pads_to_window=True,
+        tasks=Tasks("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     ),
     "StableDiffusionXLPipeline": Family(
         name="Stable Diffusion XL",
@@ -62,6 +96,12 @@ FAMILIES: dict[str, Family] = {
         default_guidance=5.0,
         components=(*_STABLE_DIFFUSION, "tokenizer_2", "text_encoder_2"),
         pads_to_window=True,
+        clip_layer=-2,
+        vae_dtype=torch.float32,
+        tasks=Tasks(
+            "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"
+        ),
+        arguments=_POOLED,
     ),
     "LatentConsistencyModelPipeline": Family(
         name="Latent Consistency",
@@ -71,6 +111,8 @@ FAMILIES: dict[str, Family] = {
         default_guidance=8.5,
         components=_STABLE_DIFFUSION,
         pads_to_window=True,
+        tasks=Tasks("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+        guidance="embedded",
     ),
     "StableDiffusion3Pipeline": Family(
         name="Stable Diffusion 3",
@@ -79,6 +121,10 @@ FAMILIES: dict[str, Family] = {
         downscale=8,
         default_guidance=7.0,
         components=_TWO_ENCODERS,
+        tasks=Tasks("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+        encoded=("tokens", None, "pooled"),
+        arguments=_POOLED,
+        windows={"tokenizer_3": 256, "tokenizer": 77, "tokenizer_2": 77},
     ),
     "FluxPipeline": Family(
         name="FLUX.1",
@@ -88,6 +134,11 @@ FAMILIES: dict[str, Family] = {
         default_guidance=3.5,
         components=_TWO_ENCODERS,
         device_dtype=torch.bfloat16,
+        tasks=Tasks("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+        encoded=("tokens", "pooled"),
+        arguments=_POOLED,
+        windows={"tokenizer_2": 512, "tokenizer": 77},
+        guidance="embedded",
     ),
     "Flux2KleinPipeline": Family(
         name="FLUX.2 klein",
@@ -97,6 +148,10 @@ FAMILIES: dict[str, Family] = {
         default_guidance=4.0,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
+        # Its picture-to-picture pipeline is the inpainting one, with everything to be painted.
+        tasks=Tasks("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinInpaintPipeline"),
+        encoded=("tokens",),
+        windows={"tokenizer": 512},
     ),
     "QwenImagePipeline": Family(
         name="Qwen-Image",
@@ -106,6 +161,11 @@ FAMILIES: dict[str, Family] = {
         default_guidance=4.0,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
+        tasks=Tasks("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+        encoded=("tokens", "mask"),
+        arguments={"tokens": "prompt_embeds", "mask": "prompt_embeds_mask"},
+        windows={"tokenizer": 1024},
+        guidance="true_cfg_scale",
     ),
     "ZImagePipeline": Family(
         name="Z-Image",
@@ -115,6 +175,10 @@ FAMILIES: dict[str, Family] = {
         default_guidance=5.0,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
+        tasks=Tasks("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+        encoded=("tokens",),
+        windows={"tokenizer": 512},
+        guidance="from_zero",
     ),
     "SanaPipeline": Family(
         name="Sana",
@@ -124,6 +188,10 @@ FAMILIES: dict[str, Family] = {
         default_guidance=4.5,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
+        tasks=Tasks("SanaPipeline"),
+        encoded=("tokens", "mask"),
+        arguments=_MASKED,
+        windows={"tokenizer": 300},
     ),
     "SanaSprintPipeline": Family(
         name="Sana-Sprint",
@@ -133,6 +201,11 @@ FAMILIES: dict[str, Family] = {
         default_guidance=4.5,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
+        tasks=Tasks("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
+        encoded=("tokens", "mask"),
+        arguments=_MASKED,
+        windows={"tokenizer": 300},
+        guidance="embedded",
     ),
     "PixArtAlphaPipeline": Family(
         name="PixArt-alpha",
@@ -141,6 +214,10 @@ FAMILIES: dict[str, Family] = {
         downscale=8,
         default_guidance=4.5,
         components=_ONE_ENCODER,
+        tasks=Tasks("PixArtAlphaPipeline"),
+        encoded=("tokens", "mask"),
+        arguments=_MASKED,
+        windows={"tokenizer": 120},
     ),
     "PixArtSigmaPipeline": Family(
         name="PixArt-sigma",
@@ -149,6 +226,10 @@ FAMILIES: dict[str, Family] = {
         downscale=8,
         default_guidance=4.5,
         components=_ONE_ENCODER,
+        tasks=Tasks("PixArtSigmaPipeline"),
+        encoded=("tokens", "mask"),
+        arguments=_MASKED,
+        windows={"tokenizer": 300},
     ),
     "KolorsPipeline": Family(
         name="Kolors",
@@ -157,6 +238,11 @@ FAMILIES: dict[str, Family] = {
         downscale=8,
         default_guidance=5.0,
         components=_STABLE_DIFFUSION,
+        vae_dtype=torch.float32,
+        tasks=Tasks("KolorsPipeline", "KolorsImg2ImgPipeline"),
+        encoded=("tokens", None, "pooled"),
+        arguments=_POOLED,
+        windows={"tokenizer": 256},
     ),
     "HunyuanDiTPipeline": Family(
         name="HunyuanDiT",
@@ -165,5 +251,13 @@ FAMILIES: dict[str, Family] = {
         downscale=8,
         default_guidance=5.0,
         components=_TWO_ENCODERS,
+        tasks=Tasks("HunyuanDiTPipeline"),
+        encoded=("tokens", None, "mask"),
+        arguments={
+            **_MASKED,
+            "second.tokens": "prompt_embeds_2",
+            "second.mask": "prompt_attention_mask_2",
+        },
+        windows={"tokenizer_2": 256, "tokenizer": 77},
     ),
 }

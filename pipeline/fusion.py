@@ -122,6 +122,13 @@ def _words_only(checkpoint: Checkpoint, prompt: PromptEmbeds | None, image: Imag
         )
     _check_spaces(checkpoint, prompt, None)
     negative = _words_only(checkpoint, prompt.negative, None) if prompt.negative is not None else None
+    second = prompt.second
     return FusedConditioning(
-        prompt.tokens, prompt.pooled, prompt.mask, prompt.space, negative=negative, notices=prompt.notices
-    )  # fmt: skip
+        tokens=prompt.tokens,
+        pooled=prompt.pooled,
+        mask=prompt.mask,
+        space=prompt.space,
+        negative=negative,
+        notices=prompt.notices,
+        second=FusedConditioning(second.tokens, second.pooled, second.mask, second.space) if second else None,
+    )
