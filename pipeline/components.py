@@ -144,7 +144,7 @@ def open_component(index: Path, name: str, entry: list[Any]) -> Component:
 def _open_model(name: str, library: str, class_name: str, folder: Path) -> Component:
     config = folder / "config.json"
     read_json(config)
-    paths, variant = _find_weights(folder, "model" if library == "transformers" else "diffusion_pytorch_model")
+    paths, variant = find_weights(folder, "diffusion_pytorch_model" if library in ("diffusers", "duet") else "model")
     digest = check_model(config, paths)
     return Component(name, library, class_name, config, tuple(paths), variant, digest)
 
@@ -198,7 +198,7 @@ def _open_scheduler(name: str, library: str, class_name: str, folder: Path) -> C
     return Component(name, library, class_name, config)
 
 
-def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+def find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
     """The files of a component, whole or in shards, in the full or the fp16 variant; the full one first."""
     for variant in (None, "fp16"):
         infix = f".{variant}" if variant else ""
