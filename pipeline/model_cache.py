@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .eviction import choose_victims
 from .residency import Residency, Resident, is_out_of_memory, out_of_memory
 
 log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_REMEMBERED_USES = 512  # some hundred runs of a workflow, from which its habits are known
+_REMEMBERED_EVICTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,42 @@ class ModelKey:
 
 @dataclass(frozen=True)
 class CacheEntryStats:
-    """One model. bytes: of weights, shared ones once; pins: uses under way; on_device: on the load device now."""
+    """One model. bytes: of weights, shared ones once; pins: uses under way; on_device: on the load device now.
+
+    idle: uses of any model since its own last one began.
+    """
 
     key: ModelKey
     bytes: int
     pins: int
     hits: int
     on_device: bool
+    idle: int = 0
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """A model that was let go, and why. bytes: what it held."""
+
+    key: ModelKey
+    bytes: int
+    reason: str
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """entries: least recently used first; evictions: models dropped for any reason, since the cache was made."""
+    """entries: least recently used first; evictions: models dropped for any reason, since the cache was made.
+
+    recent_evictions: the last of them, newest last; budget_bytes: what may be held once nothing is in use.
+    """
 
     entries: tuple[CacheEntryStats, ...]
     bytes_held: int
     hits: int
     misses: int
     evictions: int
+    budget_bytes: int = 0
+    recent_evictions: tuple[Eviction, ...] = ()
 
 
 @dataclass(eq=False)
@@ -69,11 +91,12 @@ class _Entry:
     resident: Resident
     pins: int = 1
     hits: int = 0
+    last_use: int = 0
     replaced: bool = False
 
 
 class ModelCache:
-    """Holds modules up to ``budget_bytes``, dropping the least recently used first and never one that is in use.
+    """Holds modules up to ``budget_bytes``; makes room as ``choose_victims`` says, never with one that is in use.
 
     Safe to call from any thread. There is one lock, and it is held only while the table is read or changed: never
     while a module is built, moved or destroyed, and never while a residency's lock is taken. So the two locks have no
@@ -85,7 +108,9 @@ class ModelCache:
         self.budget_bytes = budget_bytes
         self._entries: OrderedDict[ModelKey, _Entry] = OrderedDict()  # least recently used first
         self._building: set[ModelKey] = set()
+        self._uses: deque[ModelKey] = deque(maxlen=_REMEMBERED_USES)
         self._hits = self._misses = self._evictions = 0
+        self._recent_evictions: deque[Eviction] = deque(maxlen=_REMEMBERED_EVICTIONS)
         self._table = threading.Condition()
 
     @contextmanager
@@ -113,19 +138,36 @@ class ModelCache:
         """What is held now, without waiting for anything that is being built or moved."""
         with self._table:
             entries = tuple(
-                CacheEntryStats(entry.key, entry.resident.bytes, entry.pins, entry.hits, entry.resident.on_device)
+                CacheEntryStats(
+                    entry.key,
+                    entry.resident.bytes,
+                    entry.pins,
+                    entry.hits,
+                    entry.resident.on_device,
+                    idle=self._hits + self._misses - entry.last_use,
+                )
                 for entry in self._entries.values()
             )
-            return CacheStats(entries, self._bytes_held(), self._hits, self._misses, self._evictions)
+            return CacheStats(
+                entries,
+                self._bytes_held(),
+                self._hits,
+                self._misses,
+                self._evictions,
+                self.budget_bytes,
+                tuple(self._recent_evictions),
+            )
 
     def _pin(self, key: ModelKey, build: Callable[[], nn.Module]) -> _Entry:
         with self._table:
             self._table.wait_for(lambda: key not in self._building)
             entry = self._entries.get(key)
+            self._uses.append(key)
             if entry is not None:
                 entry.pins += 1
                 entry.hits += 1
                 self._hits += 1
+                entry.last_use = self._hits + self._misses
                 self._entries.move_to_end(key)
                 return entry
             self._misses += 1
@@ -136,6 +178,7 @@ class ModelCache:
             self._trim(key.size)
             entry = _Entry(key, self.residency.adopt(self._built(key, build), str(key)))
             with self._table:
+                entry.last_use = self._hits + self._misses
                 self._entries[key] = entry
         finally:
             with self._table:
@@ -184,14 +227,9 @@ class ModelCache:
     def _trim(self, coming: int = 0) -> None:
         with self._table:
             excess = self._bytes_held() + coming - self.budget_bytes
-            victims = []
-            for entry in self._entries.values():
-                if excess <= 0:
-                    break
-                if not entry.pins:
-                    victims.append(entry)
-                    excess -= entry.resident.bytes
-            dropped = self._take_out(victims)
+            idle = {key: entry.resident.bytes for key, entry in self._entries.items() if not entry.pins}
+            victims = choose_victims(idle, excess, tuple(self._uses)) if excess > 0 and idle else []
+            dropped = self._take_out([self._entries[key] for key in victims])
         self._let_go(dropped, f"over the budget of {self.budget_bytes} bytes")
 
     def _bytes_held(self) -> int:
@@ -210,5 +248,7 @@ class ModelCache:
             entry = entries.pop()
             self.residency.forget(entry.resident)
             freed += entry.resident.bytes
+            with self._table:
+                self._recent_evictions.append(Eviction(entry.key, entry.resident.bytes, reason))
             log.info("dropped %s (%d bytes): %s", entry.key, entry.resident.bytes, reason)
         return freed
