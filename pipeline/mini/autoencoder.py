@@ -4,13 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
+from transformers import ResNetModel
 
+from ..fusion_network import FusionNetwork
+from .fusion_stage import Examples, Tables, fused
 from .loop import Plan, run_stage
 from .pictures import PictureSet
+from .vision import normalise
 
 LATENT_NOISE = 0.15  # relative; the decoder must forgive what the fusion network gets slightly wrong
+MEAN_SHARE = 0.5  # of a batch whose latents are the fusion network's, not the encoder's
+FEATURE_WEIGHT = 1.0
 
 
 def new_autoencoder() -> AutoencoderDC:
@@ -45,10 +52,11 @@ def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
     return (made - wanted).abs().mean() + across + down
 
 
-def train_autoencoder(work: Path, pictures: PictureSet, plan: Plan, batch: int = 32) -> AutoencoderDC:
+def train_autoencoder(
+    work: Path, pictures: PictureSet, vae: AutoencoderDC, plan: Plan, batch: int = 32
+) -> AutoencoderDC:
     torch.manual_seed(0)
     rows = pictures.training_rows()
-    vae = new_autoencoder()
 
     def loss_at(step: int) -> dict[str, Tensor]:
         pick = np.random.default_rng(step)
@@ -62,6 +70,65 @@ def train_autoencoder(work: Path, pictures: PictureSet, plan: Plan, batch: int =
 
     run_stage("autoencoder", work, plan, nn.ModuleDict({"vae": vae}), loss_at)
     return vae
+
+
+def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
+    """Distance of two pictures (B, 3, H, W) in 0..1 in each layer of the eye (arXiv 1603.08155): it sees texture.
+
+    Features are made unit length at each place before they are compared, as in LPIPS (arXiv 1801.03924).
+    """
+    left, right = (eye(normalise(side), output_hidden_states=True).hidden_states for side in (made, wanted))
+    apart = [
+        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1).mean()
+        for a, b in zip(left, right, strict=True)
+    ]
+    return torch.stack(apart).mean()
+
+
+def train_decoder(
+    work: Path,
+    pictures: PictureSet,
+    tables: Tables,
+    network: FusionNetwork,
+    eye: ResNetModel,
+    vae: AutoencoderDC,
+    plan: Plan,
+    batch: int = 32,
+) -> AutoencoderDC:
+    """Teach the decoder alone, the latents staying as they are: to be sharp, and to draw what the fusion network means.
+
+    Half of the latents are the encoder's with a little noise, half are the mean latents that the generator starts from.
+    """
+    torch.manual_seed(0)
+    examples = Examples(pictures, tables)
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        drawn = examples.draw(step, batch)
+        latents = tables.latents[drawn.rows]
+        latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator)
+        with torch.no_grad():
+            means = fused(network, drawn, 0.05, generator).transpose(1, 2).unflatten(2, latents.shape[-2:])
+        from_means = torch.rand(batch, 1, 1, 1, generator=generator) < MEAN_SHARE
+        seen = torch.where(from_means, means, latents) / tables.scaling_factor
+        made = vae.decode(seen.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        wanted = to_model_range(pictures.pixels[drawn.rows])
+        colour = torch.rand(batch, 3, 1, 1, generator=generator)
+        return {
+            "picture": picture_loss(made, wanted),
+            "features": FEATURE_WEIGHT * feature_loss(eye, _over(made, colour), _over(wanted, colour)),
+        }
+
+    run_stage("decoder", work, plan, nn.ModuleDict({"decoder": vae.decoder}), loss_at)
+    return vae
+
+
+def _over(pictures: Tensor, colour: Tensor) -> Tensor:
+    """(B, 4, H, W) in -1..1, premultiplied -> RGB in 0..1 over ``colour``."""
+    values = (pictures + 1) / 2
+    return values[:, :3] + (1 - values[:, 3:]) * colour
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from .pictures import PictureSet
 
 HOUSE_STYLES = tuple(STYLES.index(name) for name in ("fluent-3d", "noto", "twemoji", "fluent-color"))
 NAME_SHARE = 0.85  # how often a concept is called by its name; a keyword such as "love" names many pictures at once
-BOTH_SHARE, WORDS_SHARE = 0.7, 0.2  # the remaining share sees a picture alone
+BOTH_SHARE, WORDS_SHARE = 0.78, 0.14  # the remaining share sees a picture alone
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Tables:
     """Everything the stage learns from, encoded once.
 
     captions: (M, 512) text_embeds; caption_concept, caption_is_name: (M,); features: (N, V, 256) pooled features of
-    each picture, clean first, then V-1 varied views; latents: (N, 16, 8, 8) scaled to unit variance.
+    each picture, clean first, then V-1 varied views; latents: (N, 16, 8, 8), the encoder's times ``scaling_factor``,
+    which gives them unit variance.
     """
 
     captions: Tensor
@@ -31,6 +32,7 @@ class Tables:
     caption_is_name: np.ndarray
     features: Tensor
     latents: Tensor
+    scaling_factor: float
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ def fused(network: FusionNetwork, batch: Batch, noise: float, generator: torch.G
     return network.fuse_normalised(joined + noise * torch.randn(joined.shape, generator=generator))
 
 
-def train_fusion(work: Path, pictures: PictureSet, tables: Tables, plan: Plan, batch: int = 512) -> FusionNetwork:
+def train_fusion(
+    work: Path, pictures: PictureSet, tables: Tables, network: FusionNetwork, plan: Plan, batch: int = 512
+) -> FusionNetwork:
     torch.manual_seed(0)
     examples = Examples(pictures, tables)
-    network = FusionNetwork()
     wanted_tokens = tables.latents.flatten(2).transpose(1, 2).contiguous()
 
     def loss_at(step: int) -> dict[str, Tensor]:

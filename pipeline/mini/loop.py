@@ -41,7 +41,9 @@ def run_stage(
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, curve = work / f"{name}.pt", work / f"{name}-curve.csv"
     trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
-    rule = torch.optim.AdamW(trained, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
+    rule = torch.optim.AdamW(
+        trained, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
+    )
     average = {key: value.detach().clone() for key, value in modules.state_dict().items()}
     start = 0
     if checkpoint.exists():

@@ -10,8 +10,9 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,21 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, R
 
 from ..fusion_network import FusionNetwork
 from . import MODEL_FOLDER
-from .autoencoder import encode_pictures, train_autoencoder
+from .autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
 from .fusion_stage import Tables, train_fusion
-from .generator_stage import train_generator
+from .generator_stage import new_generator, train_generator
 from .loop import Plan
 from .pictures import PictureSet, load_pictures
-from .vision import augment, embed_pictures, over_background, train_image_encoder
-from .words import Captions, build_captions, build_tokenizer, dictionary_words, embed_texts, train_text_encoder
+from .vision import augment, embed_pictures, new_image_encoder, over_background, train_image_encoder
+from .words import (
+    Captions,
+    build_captions,
+    build_tokenizer,
+    dictionary_words,
+    embed_texts,
+    new_text_encoder,
+    train_text_encoder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +45,7 @@ PLANS = {
     "vision": Plan(steps=2200, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(steps=2600, learning_rate=2e-3, warmup=100, weight_decay=0.0),
     "fusion": Plan(steps=6500, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "decoder": Plan(steps=1500, learning_rate=1e-3, warmup=100, weight_decay=0.0),
     "generator": Plan(steps=2400, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
 }
 VIEWS = 4  # of each picture, the first one clean
@@ -57,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--work", type=Path, default=Path(".cache/mini"), help="where packages, checkpoints and curves go"
     )
     parser.add_argument("--until", choices=list(PLANS), default="generator", help="stop after this stage")
+    parser.add_argument(
+        "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
+    )
+    parser.add_argument("--again", nargs="*", choices=list(PLANS), default=[], help="stages to repeat from --start")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="the folder to write at the end")
     chosen = parser.parse_args(arguments)
@@ -64,38 +78,65 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
     work: Path = chosen.work
+    work.mkdir(parents=True, exist_ok=True)
+    if chosen.start is not None and not (work / "tokenizer").exists():
+        shutil.copytree(chosen.start / "tokenizer", work / "tokenizer")
+
+    def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
+        """The finished part from the work folder; trained first, from the start or from nothing, if it is not there."""
+        if not (work / stage).exists():
+            begun = _read(chosen.start / name, kind) if chosen.start is not None else new()
+            taught = begun if chosen.start is not None and stage not in chosen.again else train(begun, PLANS[stage])
+            partial = work / f"{stage}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            taught.save_pretrained(partial)
+            partial.rename(work / stage)
+        return _read(work / stage, kind).eval().requires_grad_(False)
 
     pictures = load_pictures(work)
     captions = _captions(work, pictures)
     tokenizer = _tokenizer(work, captions)
-    text_encoder = _stage(work / "text_encoder", CLIPTextModelWithProjection,
-                          lambda: train_text_encoder(work, tokenizer, captions, PLANS["text"]))  # fmt: skip
+    text_encoder = part(
+        "text", "text_encoder", CLIPTextModelWithProjection, lambda: new_text_encoder(len(tokenizer)),
+        lambda begun, plan: train_text_encoder(work, tokenizer, captions, begun, plan),
+    )  # fmt: skip
     if "vision" not in wanted:
         return
-    image_encoder = _stage(work / "image_encoder", ResNetModel,
-                           lambda: train_image_encoder(work, pictures, PLANS["vision"]))  # fmt: skip
+    image_encoder = part(
+        "vision", "image_encoder", ResNetModel, new_image_encoder,
+        lambda begun, plan: train_image_encoder(work, pictures, begun, plan),
+    )  # fmt: skip
     if "autoencoder" not in wanted:
         return
-    vae = _stage(work / "vae", AutoencoderDC, lambda: train_autoencoder(work, pictures, PLANS["autoencoder"]))
+    vae = part(
+        "autoencoder", "vae", AutoencoderDC, new_autoencoder,
+        lambda begun, plan: train_autoencoder(work, pictures, begun, plan),
+    )  # fmt: skip
     if "fusion" not in wanted:
         return
     tables = _tables(work, pictures, captions, tokenizer, text_encoder, image_encoder, vae)
-    fusion = _stage(work / "fusion", FusionNetwork, lambda: train_fusion(work, pictures, tables, PLANS["fusion"]))
+    fusion = part(
+        "fusion", "fusion", FusionNetwork, FusionNetwork,
+        lambda begun, plan: train_fusion(work, pictures, tables, begun, plan),
+    )  # fmt: skip
+    if "decoder" not in wanted:
+        return
+    vae = part(
+        "decoder", "vae", AutoencoderDC, lambda: vae,
+        lambda begun, plan: train_decoder(work, pictures, tables, fusion, image_encoder, begun, plan),
+    )  # fmt: skip
     if "generator" not in wanted:
         return
-    unet = _stage(work / "unet", UNet2DConditionModel,
-                  lambda: train_generator(work, pictures, tables, fusion, PLANS["generator"]))  # fmt: skip
-    export(work, chosen.model, unet)
+    unet = part(
+        "generator", "unet", UNet2DConditionModel, new_generator,
+        lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
+    )  # fmt: skip
+    parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
+    export(parts, tokenizer, tables.scaling_factor, chosen.model)
 
 
-def _stage(folder: Path, kind, train):
-    """The finished part from ``folder``, trained first if it is not there."""
-    if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        train().save_pretrained(partial)
-        partial.rename(folder)
-    return kind.from_pretrained(folder).eval().requires_grad_(False)
+def _read(folder: Path, kind: Any) -> Any:
+    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).float()
 
 
 def _captions(work: Path, pictures: PictureSet) -> Captions:
@@ -145,25 +186,18 @@ def _tables(
         read["caption_is_name"].numpy(),
         read["features"],
         read["latents"],
+        float(read["scaling_factor"]),
     )
 
 
-def export(work: Path, target: Path, unet: UNet2DConditionModel) -> None:
+def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target: Path) -> None:
     """Write the diffusers folder, weights in half precision; the model card and licences beside it are left alone."""
-    scaling_factor = float(torch.load(work / "tables.pt", weights_only=True)["scaling_factor"])
     target.mkdir(parents=True, exist_ok=True)
-    parts = {
-        "text_encoder": CLIPTextModelWithProjection.from_pretrained(work / "text_encoder"),
-        "image_encoder": ResNetModel.from_pretrained(work / "image_encoder"),
-        "fusion": FusionNetwork.from_pretrained(work / "fusion"),
-        "unet": unet,
-        "vae": AutoencoderDC.from_pretrained(work / "vae"),
-    }
     parts["vae"].register_to_config(scaling_factor=scaling_factor)
     for name, part in parts.items():
         part.half().save_pretrained(target / name, safe_serialization=True)
         _forget_origin(target / name / "config.json")
-    PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(target / "tokenizer")
+    tokenizer.save_pretrained(target / "tokenizer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(target / "scheduler")
     index = {
         "_class_name": "DuetMiniPipeline",

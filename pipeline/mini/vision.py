@@ -45,12 +45,13 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
-def train_image_encoder(work: Path, pictures: PictureSet, plan: Plan, batch: int = 64) -> ResNetModel:
+def train_image_encoder(
+    work: Path, pictures: PictureSet, encoder: ResNetModel, plan: Plan, batch: int = 64
+) -> ResNetModel:
     """Loss: name the style, name the concept, and redraw a thumbnail, all from the pooled features."""
     torch.manual_seed(0)
     rows = pictures.training_rows()
     width = 256
-    encoder = new_image_encoder()
     parts = nn.ModuleDict(
         {
             "image_encoder": encoder,

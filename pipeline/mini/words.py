@@ -141,8 +141,13 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModelWithProjection:
 
 
 def train_text_encoder(
-    work: Path, tokenizer: PreTrainedTokenizerFast, captions: Captions, plan: Plan, batch: int = 256
-):
+    work: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    captions: Captions,
+    encoder: CLIPTextModelWithProjection,
+    plan: Plan,
+    batch: int = 256,
+) -> CLIPTextModelWithProjection:
     """Loss: cosine distance to the teaching vector, plus telling the concepts apart by name."""
     torch.manual_seed(0)
     encoded = tokenizer(captions.texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
@@ -150,7 +155,6 @@ def train_text_encoder(
     concept = torch.from_numpy(captions.concept)
     is_name = torch.from_numpy(captions.is_name)
     names, others = np.flatnonzero(captions.is_name), np.flatnonzero(~captions.is_name)
-    encoder = new_text_encoder(len(tokenizer))
     prototypes = nn.Linear(WORD_VECTOR, int(concept.max()) + 1, bias=False)
     parts = nn.ModuleDict({"text_encoder": encoder, "prototypes": prototypes})
 
