@@ -91,7 +91,8 @@ def generate(
             f"{checkpoint.folder.name}: decoding gave values that are no numbers; no picture was made"
         )
     spent = {"generation": 1000 * (denoised - started), "decode": 1000 * (time.perf_counter() - denoised)}
-    return Pictures(pixels, alpha, spent, conditioning.notices + frame.notices)
+    # The latents go along for the host's own nodes, which decode, upscale and sample them further.
+    return Pictures(pixels, alpha, spent, conditioning.notices + frame.notices, latents.float().cpu())
 
 
 @dataclass(frozen=True)
