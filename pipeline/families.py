@@ -28,7 +28,9 @@ class Family:
     tasks: None for a model that the pack draws itself. encoded: what the pipeline's ``encode_prompt`` returns, in its
     order, None for what is not needed; empty where our own windows of CLIP are used. arguments: by which names its call
     takes them; what is steered away from has the same names after ``negative_``. windows: the longest prompt, in
-    tokens, by tokenizer component; the first is the one that hears most.
+    tokens, by tokenizer component; the first is the one that hears most. joins_windows: the denoiser listens to any
+    number of those tokens; chat_template: "thinking" or "answering" where the prompt is said to the encoder
+    as a user says it to a chat model that is to do so.
     guidance: how ``guidance_scale`` reaches the model. "negative": steering away from a negative prompt (arXiv
     2207.12598); "true_cfg_scale": the same under this name; "from_zero": the same, 0 being plain where we say 1;
     "embedded": an input of a distilled network, which hears no negative prompt.
@@ -51,6 +53,8 @@ class Family:
     encoded: tuple[str | None, ...] = ()
     arguments: Mapping[str, str] = field(default_factory=lambda: {"tokens": "prompt_embeds"})
     windows: Mapping[str, int] = field(default_factory=dict)
+    joins_windows: bool = False
+    chat_template: str = ""
     guidance: str = "negative"
 
     @property
@@ -125,6 +129,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", None, "pooled"),
         arguments=_POOLED,
         windows={"tokenizer_3": 256, "tokenizer": 77, "tokenizer_2": 77},
+        joins_windows=True,
     ),
     "FluxPipeline": Family(
         name="FLUX.1",
@@ -138,6 +143,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", "pooled"),
         arguments=_POOLED,
         windows={"tokenizer_2": 512, "tokenizer": 77},
+        joins_windows=True,
         guidance="embedded",
     ),
     "Flux2KleinPipeline": Family(
@@ -152,6 +158,7 @@ FAMILIES: dict[str, Family] = {
         tasks=Tasks("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinInpaintPipeline"),
         encoded=("tokens",),
         windows={"tokenizer": 512},
+        chat_template="answering",
     ),
     "QwenImagePipeline": Family(
         name="Qwen-Image",
@@ -178,6 +185,7 @@ FAMILIES: dict[str, Family] = {
         tasks=Tasks("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
         encoded=("tokens",),
         windows={"tokenizer": 512},
+        chat_template="thinking",
         guidance="from_zero",
     ),
     "SanaPipeline": Family(
@@ -192,6 +200,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", "mask"),
         arguments=_MASKED,
         windows={"tokenizer": 300},
+        joins_windows=True,
     ),
     "SanaSprintPipeline": Family(
         name="Sana-Sprint",
@@ -205,6 +214,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", "mask"),
         arguments=_MASKED,
         windows={"tokenizer": 300},
+        joins_windows=True,
         guidance="embedded",
     ),
     "PixArtAlphaPipeline": Family(
@@ -218,6 +228,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", "mask"),
         arguments=_MASKED,
         windows={"tokenizer": 120},
+        joins_windows=True,
     ),
     "PixArtSigmaPipeline": Family(
         name="PixArt-sigma",
@@ -230,6 +241,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", "mask"),
         arguments=_MASKED,
         windows={"tokenizer": 300},
+        joins_windows=True,
     ),
     "KolorsPipeline": Family(
         name="Kolors",
@@ -243,6 +255,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", None, "pooled"),
         arguments=_POOLED,
         windows={"tokenizer": 256},
+        joins_windows=True,
     ),
     "HunyuanDiTPipeline": Family(
         name="HunyuanDiT",

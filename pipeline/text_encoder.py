@@ -1,16 +1,16 @@
 """Words -> PromptEmbeds: tokenised, embedded and sequence-encoded, however long they are."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from .checkpoints import Checkpoint
+from .clip_windows import Encoded, Windows, content, cut_windows, encode_windows
 from .conditioning import PromptEmbeds, Space
+from .diffusers_pipelines import pipeline_options
 from .model_cache import ModelCache
+from .prompt_pipelines import Heard, encoders_of, hear, split_prompt
+from .prompt_weights import Phrase, WeightedPrompt, read_weights
 
 LONGEST_PROMPT = 20_000  # characters; beyond it a prompt is a file dropped by mistake
-QUOTED = 60  # characters of a prompt that a notice repeats
 
 
 def encode_prompt(
@@ -18,70 +18,115 @@ def encode_prompt(
 ) -> PromptEmbeds:
     """One prompt in any language the checkpoint reads.
 
-    tokens: (1, L, D), the encoder's hidden states; pooled: (1, P) where the encoder has a projection. A prompt longer
-    than the encoder's window is cut into windows which are encoded apart and joined, L being their sum; pooled is then
-    their mean, weighted by tokens. Families that steer by a negative prompt get one even if it is empty.
-    Raises ValueError for text beyond 20,000 characters.
+    tokens: (1, L, D), the encoders' hidden states; pooled: (1, P) where one has a projection. A prompt longer than the
+    encoder's window is cut into windows which are encoded apart and joined, L being their sum; pooled is then their
+    mean. Where the denoiser takes one window only, the rest is dropped and a notice quotes it. Weighted phrases, as
+    ``read_weights`` has them, act in CLIP; another encoder reads the words without their weights and a notice says so.
+    Families that steer by a negative prompt get one even if it is empty. Raises ValueError for text beyond 20,000
+    characters or 32 nested brackets.
     """
     for name, text in (("prompt", prompt), ("negative prompt", negative_prompt or "")):
         if len(text) > LONGEST_PROMPT:
             raise ValueError(f"expected a {name} of at most {LONGEST_PROMPT:,} characters, got {len(text):,}")
-    wants_negative = bool(negative_prompt and negative_prompt.strip()) or checkpoint.family.default_guidance > 1
-    tokenizer = checkpoint.tokenizer()
-    with checkpoint.use(cache, "text_encoder") as encoder:
-        negative = _encode(encoder, tokenizer, checkpoint, negative_prompt or "") if wants_negative else None
-        return _encode(encoder, tokenizer, checkpoint, prompt, negative)
+    family = checkpoint.family
+    asked = bool(negative_prompt and negative_prompt.strip())
+    wants_negative = family.takes_negative and (asked or family.default_guidance > 1)
+    told = (f"{family.name} hears no negative prompt",) if asked and not family.takes_negative else ()
+    wanted, told_too = _weighted(checkpoint, prompt)
+    unwanted, told_last = _weighted(checkpoint, negative_prompt or "") if wants_negative else (None, ())
+    notices = told + told_too + told_last
+    if family.encoded:
+        return _by_pipeline(cache, checkpoint, wanted.text, unwanted.text if unwanted else None, notices)
+    return _by_windows(cache, checkpoint, wanted, unwanted, notices)
 
 
-def _encode(
-    encoder: Any, tokenizer: Any, checkpoint: Checkpoint, text: str, negative: PromptEmbeds | None = None
+def _weighted(checkpoint: Checkpoint, prompt: str) -> tuple[WeightedPrompt, tuple[str, ...]]:
+    weighted = read_weights(prompt)
+    if checkpoint.family.pads_to_window:
+        return weighted, weighted.notices
+    if not weighted.explicit:  # brackets are punctuation to an encoder that reads whole sentences
+        return WeightedPrompt((Phrase(prompt, 1.0),), False, ()), ()
+    told = f"{checkpoint.family.name} takes no weighted phrases; their words are read without their weights"
+    return WeightedPrompt((Phrase(weighted.text, 1.0),), False, ()), (told,)
+
+
+def _by_windows(
+    cache: ModelCache,
+    checkpoint: Checkpoint,
+    wanted: WeightedPrompt,
+    unwanted: WeightedPrompt | None,
+    notices: tuple[str, ...],
 ) -> PromptEmbeds:
-    windows, notices = _windows(tokenizer, text)
-    longest = tokenizer.model_max_length if checkpoint.family.pads_to_window else max(map(len, windows))
-    filler = tokenizer.pad_token_id
-    ids = torch.tensor([window + [filler] * (longest - len(window)) for window in windows], device=encoder.device)
-    counted = torch.tensor([[True] * len(window) + [False] * (longest - len(window)) for window in windows])
-    # Models that were trained on padded windows attend to the padding; the others must not.
-    mask = None if checkpoint.family.pads_to_window else counted.long().to(encoder.device)
-    with torch.inference_mode():
-        output = encoder(input_ids=ids, attention_mask=mask)
-    pooled = getattr(output, "text_embeds", None)
-    if pooled is not None:
-        weight = counted.sum(dim=1, keepdim=True).to(pooled) - 2  # the marks of beginning and end say nothing
-        weight = weight.clamp(min=1 if len(windows) == 1 else 0)
-        pooled = (pooled * weight).sum(dim=0, keepdim=True) / weight.sum()
-    tokens = output.last_hidden_state.flatten(0, 1)[None]
+    numbers = [end for end in ("", "_2") if checkpoint.has(f"text_encoder{end}")]
+    sides = [wanted] if unwanted is None else [wanted, unwanted]
+    encoded: list[list[Encoded]] = [[] for _ in sides]
+    for end in numbers:
+        tokenizer = checkpoint.tokenizer(f"tokenizer{end}")
+        windows = [cut_windows(tokenizer, side) for side in sides]
+        if not end:
+            notices += tuple(notice for side in windows for notice in side.notices)
+        with checkpoint.use(cache, f"text_encoder{end}") as encoder:
+            for into, side in zip(encoded, _of_one_length(checkpoint, windows, tokenizer), strict=True):
+                pads, layer = checkpoint.family.pads_to_window, checkpoint.family.clip_layer
+                into.append(encode_windows(encoder, tokenizer, side, pads=pads, layer=layer))
+    negative = _embeds(checkpoint, encoded[1], None, ()) if unwanted is not None else None
+    if negative is not None and unwanted is not None and not unwanted.text.strip() and _zeros_for_empty(checkpoint):
+        pooled = torch.zeros_like(negative.pooled) if negative.pooled is not None else None
+        negative = PromptEmbeds(torch.zeros_like(negative.tokens), pooled, negative.mask, negative.space)
+    return _embeds(checkpoint, encoded[0], negative, notices)
+
+
+def _of_one_length(checkpoint: Checkpoint, windows: list[Windows], tokenizer: object) -> list[Windows]:
+    if not checkpoint.family.pads_to_window:
+        return windows
+    most = max(len(side.ids) for side in windows)
+    return [side.filled(most, tokenizer) for side in windows]
+
+
+def _zeros_for_empty(checkpoint: Checkpoint) -> bool:
+    """SDXL was trained with zeros where nothing is asked for; its model_index.json may say otherwise."""
+    return checkpoint.has("text_encoder_2") and pipeline_options(checkpoint).get("force_zeros_for_empty_prompt", True)
+
+
+def _embeds(
+    checkpoint: Checkpoint, encoded: list[Encoded], negative: PromptEmbeds | None, notices: tuple[str, ...]
+) -> PromptEmbeds:
+    tokens = torch.cat([one.tokens for one in encoded], dim=-1)
+    counted = encoded[0].counted
     everything = checkpoint.family.pads_to_window
+    layer = f"hidden_states[{checkpoint.family.clip_layer}]" if checkpoint.family.clip_layer else "last_hidden_state"
     return PromptEmbeds(
         tokens=tokens,
-        pooled=pooled,
-        mask=torch.ones_like(counted.flatten()[None]) if everything else _content(counted, windows).flatten()[None],
-        space=Space(checkpoint.identity_of("text_encoder"), "last_hidden_state", tokens.shape[-1]),
+        pooled=encoded[-1].pooled,
+        mask=(torch.ones_like(counted) if everything else content(counted)).flatten()[None],
+        space=Space(checkpoint.identity_of("text_encoder"), layer, tokens.shape[-1]),
         negative=negative,
         notices=notices,
     )
 
 
-def _content(counted: Tensor, windows: list[list[int]]) -> Tensor:
-    """The counted tokens without beginning and end marks, so that an empty prompt counts no token at all."""
-    content = counted.clone()
-    content[:, 0] = False
-    for row, window in enumerate(windows):
-        content[row, len(window) - 1] = False
-    return content
+def _by_pipeline(
+    cache: ModelCache, checkpoint: Checkpoint, wanted: str, unwanted: str | None, notices: tuple[str, ...]
+) -> PromptEmbeds:
+    with encoders_of(cache, checkpoint) as pipeline:
+        pieces, told = split_prompt(pipeline, checkpoint, wanted)
+        others, told_too = split_prompt(pipeline, checkpoint, unwanted) if unwanted is not None else ([], ())
+        most = max(len(pieces), len(others))
+        negative = None
+        if unwanted is not None:
+            negative = _heard(checkpoint, hear(pipeline, checkpoint, _filled(others, most), negative=True), None, ())
+        return _heard(
+            checkpoint, hear(pipeline, checkpoint, _filled(pieces, most)), negative, notices + told + told_too
+        )
 
 
-def _windows(tokenizer: Any, text: str) -> tuple[list[list[int]], tuple[str, ...]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    notices = []
-    unknown = [
-        text[start:end] for token, (start, end) in zip(ids, offsets, strict=True) if token == tokenizer.unk_token_id
-    ]
-    if unknown and tokenizer.unk_token_id not in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        notices.append(f"not known to the tokenizer and so not heard: {' '.join(unknown)[:QUOTED]}")
-    room = tokenizer.model_max_length - 2
-    chunks = [ids[start : start + room] for start in range(0, len(ids), room)] or [[]]
-    if len(chunks) > 1:
-        notices.append(f"the prompt fills {len(chunks)} windows of {room} tokens; they are encoded apart and joined")
-    return [[tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id] for chunk in chunks], tuple(notices)
+def _filled(pieces: list[str], count: int) -> list[str]:
+    return pieces + (count - len(pieces)) * [""]
+
+
+def _heard(
+    checkpoint: Checkpoint, heard: Heard, negative: PromptEmbeds | None, notices: tuple[str, ...]
+) -> PromptEmbeds:
+    second = _heard(checkpoint, heard.second, None, ()) if heard.second is not None else None
+    space = Space(checkpoint.identity_of("text_encoder"), "prompt_embeds", heard.tokens.shape[-1])
+    return PromptEmbeds(heard.tokens, heard.pooled, heard.mask, space, negative, notices, second)
