@@ -40,13 +40,19 @@ class PromptEmbeds:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """A picture. tokens: (B, h*w, D) in row order; pooled: (B, P); grid: (h, w)."""
+    """A picture. tokens: (B, h*w, D) in row order; pooled: (B, P); grid: (h, w).
+
+    weight: (B, h*w) in 0..1, how much of each token's place lies in the region asked for; None where all of it does.
+    gram: (B, D, D), the Gram statistics of the tokens, which tell the style (arXiv 1508.06576); None unless asked for.
+    """
 
     tokens: Tensor
     pooled: Tensor
     grid: tuple[int, int]
     space: Space
     notices: tuple[str, ...] = ()
+    weight: Tensor | None = None
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
