@@ -86,7 +86,7 @@ class Checkpoint:
                     output_loading_info=True,
                     dtype=dtype or torch.float32,
                     # Its other way needs a further package, and patches nn.Module while it runs.
-                    **({} if part.library == "transformers" else {"low_cpu_mem_usage": False}),
+                    **({"low_cpu_mem_usage": False} if part.library in ("diffusers", "duet") else {}),
                 )
                 _own(module)
         except (*_LOADING_ERRORS, SafetensorError) as error:

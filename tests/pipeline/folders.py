@@ -96,6 +96,11 @@ def save_stable_diffusion(folder: Path, seed: int = 0) -> Path:
     return _save(folder, STABLE_DIFFUSION, parts)
 
 
+def write_index(folder: Path, index: dict[str, Any]) -> Path:
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def edit_index(folder: Path, **changes: object) -> None:
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -156,5 +161,4 @@ def _save_tokenizer(folder: Path) -> None:
 def _save(folder: Path, index: dict, parts: dict[str, Any]) -> Path:
     for name, part in parts.items():
         part.half().save_pretrained(folder / name)
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+    return write_index(folder, index)

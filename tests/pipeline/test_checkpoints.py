@@ -14,6 +14,7 @@ from torch import nn
 from pipeline.checkpoints import CheckpointError, open_checkpoint
 from pipeline.model_cache import ModelCache
 from tests.pipeline.devices import FakeDevice
+from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
 from tests.pipeline.folders import MODELS, save_mini
 
 
@@ -203,3 +204,21 @@ def test_the_names_that_older_libraries_gave_to_weights(saved: Path, tmp_path: P
 def test_a_checkpoint_can_be_copied(saved: Path):
     checkpoint = open_checkpoint(saved / "mini")
     assert copy.deepcopy(checkpoint) == pickle.loads(pickle.dumps(checkpoint)) == checkpoint
+
+
+@pytest.mark.parametrize("name", FAMILY_FOLDERS)
+def test_the_folder_of_every_family_opens_and_every_part_is_built(tmp_path: Path, cache: ModelCache, name: str):
+    saved = save_family(name, tmp_path / name)
+    checkpoint = open_checkpoint(saved)
+    assert set(checkpoint.family.components) <= set(checkpoint.components)
+    for component, part in checkpoint.components.items():
+        if part.weights:
+            with checkpoint.use(cache, component) as model:
+                assert type(model).__name__ == part.class_name
+                stored = load_file(part.weights[0]).values()
+                held = {tensor.numpy().tobytes() for tensor in model.state_dict().values()}
+                assert stored and all(tensor.numpy().tobytes() in held for tensor in stored)  # names may be older
+        elif component.startswith("tokenizer"):
+            ids = checkpoint.tokenizer(component)("a red rose")["input_ids"]
+            assert len(set(ids)) > 3
+    assert type(checkpoint.scheduler()).__name__ == checkpoint.components["scheduler"].class_name
