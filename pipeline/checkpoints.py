@@ -24,10 +24,10 @@ __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]
 _IGNORED = {"feature_extractor", "processor", "safety_checker"}
 
 # from_pretrained changes torch's default dtype, and its initialisers, for the whole process while it runs.
-_building = threading.Lock()
+building = threading.Lock()
 
 # What the libraries raise on files that are not what they should be.
-_LOADING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+LOADING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 _QUOTED = 300  # characters of theirs that our error repeats; they may list every tensor
 
 
@@ -77,7 +77,7 @@ class Checkpoint:
         part = self._component(component)
         check_model(part.config, part.weights)  # again: they may have been replaced since the folder was opened
         try:
-            with _building, torch.inference_mode(False):
+            with building, torch.inference_mode(False):
                 module, report = part.load_class().from_pretrained(
                     str(part.folder),
                     use_safetensors=True,
@@ -89,7 +89,7 @@ class Checkpoint:
                     **({"low_cpu_mem_usage": False} if part.library in ("diffusers", "duet") else {}),
                 )
                 _own(module)
-        except (*_LOADING_ERRORS, SafetensorError) as error:
+        except (*LOADING_ERRORS, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(
@@ -155,7 +155,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _read(part: Component, from_pretrained: Any) -> Any:
     try:
         return from_pretrained(str(part.folder), local_files_only=True)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{part.folder}: expected a {part.class_name}, got: {str(error)[:_QUOTED]}") from error
 
 
