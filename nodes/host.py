@@ -18,13 +18,16 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
+from comfy.clip_vision import Output as ClipVisionOutput
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import ComfyExtension, ui
 from comfy_api.latest import io as host_io
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from server import PromptServer
 from torch import nn
 
+from ..pipeline.embedding_store import EmbeddingStore
 from ..pipeline.model_cache import ModelCache
 from ..pipeline.residency import OutOfDeviceMemory, is_out_of_memory, module_bytes, out_of_memory
 
@@ -33,8 +36,11 @@ log = logging.getLogger(__name__)
 __all__ = [
     "ComfyExtension",
     "ComfyResidency",
+    "ExecutionBlocker",
+    "clip_vision_output",
     "diffusers_folder",
     "diffusers_names",
+    "embedding_store",
     "io",
     "model_cache",
     "steps",
@@ -161,6 +167,19 @@ def _make_cache() -> ModelCache:
     return cache
 
 
+_EMBEDDINGS_BYTES = 2**30  # some thousand prompts, or some hundred of the largest encoders
+
+
+@functools.cache
+def embedding_store() -> EmbeddingStore:
+    """The one store of this host, in a folder of its user directory that the host serves to nobody."""
+    try:
+        folder = folder_paths.get_system_user_directory("duet")
+    except AttributeError:  # an older host
+        folder = os.path.join(folder_paths.get_user_directory(), "__duet")
+    return EmbeddingStore(Path(folder) / "embeddings", _EMBEDDINGS_BYTES)
+
+
 def _empty_when_freed(cache: ModelCache) -> None:
     """Let 'Free model and node cache' empty our cache too.
 
@@ -200,6 +219,19 @@ def steps(total: int) -> Callable[[int, Image.Image | None], None]:
         bar.update_absolute(done, total, shown)
 
     return on_step
+
+
+# --- the host's own values ---
+
+
+def clip_vision_output(tokens: torch.Tensor, pooled: torch.Tensor) -> ClipVisionOutput:
+    """What CLIP Vision Encode gives. tokens: (B, N, D), for every layer that a node may ask for; pooled: (B, P)."""
+    output = ClipVisionOutput()
+    for layer in ("last_hidden_state", "penultimate_hidden_states"):
+        output[layer] = tokens
+    output["image_embeds"] = pooled
+    output["mm_projected"] = None
+    return output
 
 
 # --- model folders ---

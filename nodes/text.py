@@ -1,8 +1,9 @@
 """Words become prompt embeddings."""
 
+from ..pipeline.recall import recalled
 from ..pipeline.text_encoder import encode_prompt
 from . import sockets
-from .host import io, model_cache
+from .host import embedding_store, io, model_cache
 from .stages import stage
 
 
@@ -42,5 +43,5 @@ class DuetEmbedText(io.ComfyNode):
     @classmethod
     def execute(cls, model, prompt: str, negative_prompt: str = ""):
         with stage("Embed text", "text") as done:
-            embeds = encode_prompt(model_cache(), model, prompt, negative_prompt or None)
+            embeds = recalled(embedding_store(), encode_prompt, model_cache(), model, prompt, negative_prompt or None)
         return io.NodeOutput(embeds, ui=done.ui(embeds.notices))

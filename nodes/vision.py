@@ -2,9 +2,10 @@
 
 from ..pipeline.image_encoder import encode_image
 from ..pipeline.image_preparation import Augmentation, prepare_image
+from ..pipeline.recall import recalled
 from . import sockets
 from .choices import check_choice
-from .host import io, model_cache
+from .host import embedding_store, io, model_cache
 from .images import to_image, to_mask, to_pixels
 from .stages import stage
 
@@ -139,5 +140,6 @@ class DuetImageFeatures(io.ComfyNode):
     @classmethod
     def execute(cls, model, image, encoder: str, mask=None):
         with stage("Image features", "features") as done:
-            features = encode_image(model_cache(), model, *to_pixels(image, mask), encoder=encoder)
+            pixels = to_pixels(image, mask)
+            features = recalled(embedding_store(), encode_image, model_cache(), model, *pixels, encoder=encoder)
         return io.NodeOutput(features, ui=done.ui(features.notices))
