@@ -31,6 +31,10 @@ class Family:
     tokens, by tokenizer component; the first is the one that hears most. joins_windows: the denoiser listens to any
     number of those tokens; chat_template: "thinking" or "answering" where the prompt is said to the encoder
     as a user says it to a chat model that is to do so.
+    listed: the call takes a list of (L, D), the tokens that count of each prompt. latents: how the call takes and shows
+    them: "plain" (B, C, h, w), "packed" or "patched" two by two; encodes_apart: a picture is given as latents;
+    largest_source: pixels of the largest picture that is drawn from, 0 for no limit; own_sampler: words alone are drawn
+    by ``unet_sampler``.
     guidance: how ``guidance_scale`` reaches the model. "negative": steering away from a negative prompt (arXiv
     2207.12598); "true_cfg_scale": the same under this name; "from_zero": the same, 0 being plain where we say 1;
     "embedded": an input of a distilled network, which hears no negative prompt.
@@ -55,6 +59,11 @@ class Family:
     windows: Mapping[str, int] = field(default_factory=dict)
     joins_windows: bool = False
     chat_template: str = ""
+    listed: bool = False
+    latents: str = "plain"
+    encodes_apart: bool = False
+    largest_source: int = 0
+    own_sampler: bool = False
     guidance: str = "negative"
 
     @property
@@ -81,6 +90,7 @@ FAMILIES: dict[str, Family] = {
         image_size=64,
         start_noise=0.1,
         device_dtype=torch.float32,
+        own_sampler=True,
     ),
     "StableDiffusionPipeline": Family(
         name="Stable Diffusion",
@@ -91,6 +101,7 @@ FAMILIES: dict[str, Family] = {
         components=_STABLE_DIFFUSION,
         pads_to_window=True,
         tasks=Tasks("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+        own_sampler=True,
     ),
     "StableDiffusionXLPipeline": Family(
         name="Stable Diffusion XL",
@@ -102,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         pads_to_window=True,
         clip_layer=-2,
         vae_dtype=torch.float32,
+        encodes_apart=True,
         tasks=Tasks(
             "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"
         ),
@@ -143,6 +155,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", "pooled"),
         arguments=_POOLED,
         windows={"tokenizer_2": 512, "tokenizer": 77},
+        latents="packed",
         joins_windows=True,
         guidance="embedded",
     ),
@@ -158,6 +171,8 @@ FAMILIES: dict[str, Family] = {
         tasks=Tasks("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinInpaintPipeline"),
         encoded=("tokens",),
         windows={"tokenizer": 512},
+        latents="patched",
+        largest_source=1024 * 1024,
         chat_template="answering",
     ),
     "QwenImagePipeline": Family(
@@ -172,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         encoded=("tokens", "mask"),
         arguments={"tokens": "prompt_embeds", "mask": "prompt_embeds_mask"},
         windows={"tokenizer": 1024},
+        latents="packed",
         guidance="true_cfg_scale",
     ),
     "ZImagePipeline": Family(
@@ -185,6 +201,7 @@ FAMILIES: dict[str, Family] = {
         tasks=Tasks("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
         encoded=("tokens",),
         windows={"tokenizer": 512},
+        listed=True,
         chat_template="thinking",
         guidance="from_zero",
     ),
@@ -251,7 +268,10 @@ FAMILIES: dict[str, Family] = {
         default_guidance=5.0,
         components=_STABLE_DIFFUSION,
         vae_dtype=torch.float32,
-        tasks=Tasks("KolorsPipeline", "KolorsImg2ImgPipeline"),
+        encodes_apart=True,
+        # Its denoiser is called as SDXL's is, and Kolors' own picture-to-picture pipeline (diffusers 0.42) loses the
+        # pooled embeddings that it is given.
+        tasks=Tasks("KolorsPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         encoded=("tokens", None, "pooled"),
         arguments=_POOLED,
         windows={"tokenizer": 256},

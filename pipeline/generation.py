@@ -2,34 +2,28 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, Pictures
+from .diffusers_generation import Source, draw
+from .frame import Frame, frame_for, resized
+from .latents import channels_of, decode_or_tile, generators, noise, preview, use_vae
 from .model_cache import ModelCache
+from .residency import OutOfDeviceMemory, is_out_of_memory
 from .resizing import fit_to
+from .unet_sampler import denoise
 
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 16, 4096, 64
 MOST_STEPS = 1000
 
 Preview = Callable[[], Tensor]
 OnStep = Callable[[int, int, Preview], None]
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What is denoised, and what comes out: the two differ where a model knows one size only."""
-
-    width: int
-    height: int
-    out_width: int
-    out_height: int
-    notices: tuple[str, ...]
+Drawn = TypeVar("Drawn")
 
 
 def generate(
@@ -43,174 +37,235 @@ def generate(
     width: int = 512,
     height: int = 512,
     batch_size: int = 1,
+    image: Tensor | None = None,
+    mask: Tensor | None = None,
+    strength: float = 1.0,
     on_step: OnStep | None = None,
 ) -> Pictures:
-    """``batch_size`` pictures for each entry of the conditioning's batch, in that order.
+    """``batch_size`` pictures for each entry of the conditioning's batch, or the image's, in that order.
 
-    Picture i starts from noise seeded ``seed + i`` on the CPU, so each equals its own single run and every device gives
-    the same start. guidance_scale above 1 steers away from the negative prompt (arXiv 2207.12598) at twice the work.
+    Picture i draws its noise from a generator seeded ``seed + i`` on the CPU, so each equals its own single run; the
+    noise that words alone start from is the same on every device. guidance_scale above 1 steers away from the negative
+    prompt (arXiv 2207.12598) at twice the work; a distilled model takes it as a number at no cost.
+    image: (B, 3, H, W) in 0..1 to draw from, cut to the frame; mask: (B or 1, H, W) in 0..1, 1 where it is drawn anew,
+    and elsewhere the image is kept to the pixel; strength: 0..1, the share of the steps that are taken.
     on_step(step, total, preview) is called after each step; preview() decodes what there is to RGB (3, h, w) in 0..1,
     and an exception raised there stops the run within a step. Sizes that the model cannot make are rounded, or the
-    picture resized, and a notice says so. Raises ValueError on numbers out of range or a condition of another model's
-    space, FloatingPointError where the model gives no numbers.
+    picture resized, and a notice says so. Raises ValueError on numbers out of range, a condition of another model's
+    space, or a task that the family does not have; FloatingPointError where the model gives no numbers;
+    OutOfDeviceMemory where they do not fit, with nothing left behind.
     """
-    _check_numbers(num_inference_steps, guidance_scale, width, height, batch_size)
+    _check_numbers(num_inference_steps, guidance_scale, width, height, batch_size, strength)
     _check_space(checkpoint, conditioning)
-    frame = _frame(checkpoint, width, height)
-    count = conditioning.tokens.shape[0] * batch_size
-    started = time.perf_counter()
-    with checkpoint.use(cache, "vae") as vae, checkpoint.use(cache, "unet") as unet, torch.inference_mode():
-        place = {"device": unet.device, "dtype": unet.dtype}
-        shape = (
-            unet.config.out_channels,
-            frame.height // checkpoint.family.downscale,
-            frame.width // checkpoint.family.downscale,
+    frame = frame_for(checkpoint.family, width, height, from_picture=image is not None)
+    source, told = _source(checkpoint, frame, image, mask, strength, num_inference_steps)
+    conditioning, source = _together(conditioning, source, batch_size)
+
+    def attempt() -> tuple[Pictures, Tensor]:
+        started = time.perf_counter()
+        latents = _draw(
+            cache, checkpoint, conditioning, source, frame, seed, num_inference_steps, guidance_scale, on_step
         )
-        noise = _noise(shape, seed, count).to(**place)
-        latents = _denoise(
-            unet,
-            checkpoint.scheduler(),
-            noise,
-            _repeated(conditioning, batch_size, place),
-            num_inference_steps,
-            guidance_scale if conditioning.negative is not None else 1.0,
-            start_noise=checkpoint.family.start_noise,
-            on_step=lambda step, now: (
-                on_step(step, num_inference_steps, lambda: _preview(vae, now)) if on_step else None
-            ),
-        )
-        if not torch.isfinite(latents).all():
-            raise FloatingPointError(
-                f"{checkpoint.folder.name}: denoising gave values that are no numbers; no picture was made"
-            )
         denoised = time.perf_counter()
-        pixels, alpha = _decode(vae, latents)
-        pixels, alpha = _resized(pixels.float().cpu(), alpha.float().cpu(), frame)
+        pixels, alpha, told_too = _decode(cache, checkpoint, latents)
+        spent = {"generation": 1000 * (denoised - started), "decode": 1000 * (time.perf_counter() - denoised)}
+        return Pictures(pixels, alpha, spent, conditioning.notices + frame.notices + told + told_too), latents
+
+    drawn = _or_out_of_memory(attempt)
+    if isinstance(drawn, str):
+        # Out here, where the frames of the failed attempt are gone, and with them what it had on the device.
+        if cache.residency.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfDeviceMemory(
+            f"{checkpoint.folder.name}: {conditioning.tokens.shape[0]} of {frame.width}x{frame.height} did not fit "
+            f"into memory while they were drawn; choose a smaller size or batch ({drawn})"
+        )
+    pictures, latents = drawn
+    pixels, alpha = resized(pictures.pixels, pictures.alpha, frame)
+    if image is not None and mask is not None:
+        pixels = _kept_outside(pixels, image, mask)
+    # The latents go along for the host's own nodes, which decode, upscale and sample them further.
+    latents = latents.float().cpu()
+    latents = latents[:, :, 0] if latents.ndim == 5 else latents
+    return replace(pictures, pixels=pixels, alpha=alpha, latents=latents)
+
+
+def _draw(
+    cache: ModelCache,
+    checkpoint: Checkpoint,
+    conditioning: FusedConditioning,
+    source: Source | None,
+    frame: Frame,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    on_step: OnStep | None,
+) -> Tensor:
+    family = checkpoint.family
+    name = "unet" if checkpoint.has("unet") else "transformer"
+    with use_vae(cache, checkpoint) as vae, checkpoint.use(cache, name) as denoiser, torch.inference_mode():
+
+        def look(step: int, total: int, latents: Callable[[], Tensor]) -> None:
+            if on_step is not None:
+                on_step(step, total, lambda: preview(vae, latents()))
+
+        if family.own_sampler and source is None:
+            _check_channels(checkpoint, denoiser)
+            sources = generators(seed, conditioning.tokens.shape[0])
+            shape = (channels_of(vae), frame.height // family.downscale, frame.width // family.downscale)
+            latents = denoise(
+                denoiser,
+                checkpoint.scheduler(),
+                noise(shape, sources).to(denoiser.device, denoiser.dtype),
+                _on(conditioning, denoiser),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                start_noise=family.start_noise,
+                generators=sources,
+                on_step=lambda step, total, now: look(step, total, lambda: now),
+            )
+        else:
+            latents = draw(
+                checkpoint,
+                denoiser,
+                vae,
+                conditioning,
+                seed=seed,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                width=frame.width,
+                height=frame.height,
+                source=source,
+                on_step=look,
+            )
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError(
+            f"{checkpoint.folder.name}: denoising gave values that are no numbers; no picture was made"
+        )
+    return latents
+
+
+def _decode(cache: ModelCache, checkpoint: Checkpoint, latents: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Pixels and alpha on the CPU. Half precision that overflows is tried once more in float32."""
+    with use_vae(cache, checkpoint) as vae, torch.inference_mode():
+        pixels, alpha, tiled = decode_or_tile(vae, latents)
+        full = vae.dtype == torch.float32
+    if not full and not torch.isfinite(pixels).all():
+        with use_vae(cache, checkpoint, torch.float32) as vae, torch.inference_mode():
+            pixels, alpha, tiled = decode_or_tile(vae, latents)
     if not torch.isfinite(pixels).all():
         raise FloatingPointError(
             f"{checkpoint.folder.name}: decoding gave values that are no numbers; no picture was made"
         )
-    spent = {"generation": 1000 * (denoised - started), "decode": 1000 * (time.perf_counter() - denoised)}
-    # The latents go along for the host's own nodes, which decode, upscale and sample them further.
-    return Pictures(pixels, alpha, spent, conditioning.notices + frame.notices, latents.float().cpu())
+    return pixels, alpha, ("decoded in tiles, since the whole did not fit into memory",) if tiled else ()
 
 
-@dataclass(frozen=True)
-class _Listening:
-    """The condition as the denoiser takes it: (B, N, D) tokens, also as (B, D, h, w) where they lie on a grid."""
-
-    tokens: Tensor
-    negative: Tensor | None
-    grid: Tensor | None
-    negative_grid: Tensor | None
-
-
-def _denoise(
-    unet: Any,
-    scheduler: Any,
-    noise: Tensor,
-    condition: _Listening,
-    steps: int,
-    guidance_scale: float,
-    *,
-    start_noise: float,
-    on_step: Callable[[int, Tensor], None],
-) -> Tensor:
-    """The sampler. With a grid, the walk starts at the mean picture plus a little noise (arXiv 2310.03725) and the
-    denoiser sees that mean in its channels; without one, it starts at noise alone."""
-    if condition.grid is not None:
-        # Straight steps from sigma 1 down to 1/steps; the scheduler adds the final 0.
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=noise.device)
-        latents = condition.grid + start_noise * noise
-    else:
-        scheduler.set_timesteps(steps, device=noise.device)
-        latents = noise * scheduler.init_noise_sigma
-    for number, timestep in enumerate(scheduler.timesteps):
-        seen = latents if condition.grid is not None else scheduler.scale_model_input(latents, timestep)
-        predicted = _predict(unet, seen, timestep, condition.tokens, condition.grid)
-        if guidance_scale > 1 and condition.negative is not None:
-            away = _predict(unet, seen, timestep, condition.negative, condition.negative_grid)
-            predicted = away + guidance_scale * (predicted - away)
-        latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
-        on_step(number + 1, latents)
-    return latents
+def _or_out_of_memory(attempt: Callable[[], Drawn]) -> Drawn | str:
+    """What it gives, or what was said when memory ran out while drawing; not while loading, which says it better."""
+    try:
+        return attempt()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, OutOfDeviceMemory) or not is_out_of_memory(error):
+            raise
+        return str(error).partition("\n")[0][:200]
 
 
-def _predict(unet: Any, latents: Tensor, timestep: Tensor, tokens: Tensor, grid: Tensor | None) -> Tensor:
-    seen = latents if grid is None else torch.cat([latents, grid], dim=1)
-    return unet(seen, timestep, encoder_hidden_states=tokens, return_dict=False)[0]
+def _kept_outside(pixels: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    """The image where the mask is 0, to the pixel; (B, 3, H, W)."""
+    height, width = pixels.shape[-2:]
+    kept, anew = (fit_to(_unit(side), width, height, "crop") for side in (image, mask.unsqueeze(1)))
+    kept, anew = (side.repeat_interleave(pixels.shape[0] // side.shape[0], dim=0) for side in (kept, anew))
+    return kept + anew * (pixels - kept)
 
 
-def _decode(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents -> RGB (B, 3, H, W) and alpha (B, 1, H, W) in 0..1. A fourth channel is alpha, colour premultiplied."""
-    config = vae.config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    decoded = vae.decode(latents.to(vae.dtype) / config.scaling_factor + shift, return_dict=False)[0]
-    values = ((decoded + 1) / 2).clamp(0, 1)
-    if values.shape[1] == 3:
-        return values, torch.ones_like(values[:, :1])
-    alpha = values[:, 3:]
-    return (values[:, :3] / alpha.clamp(min=1 / 255)).clamp(0, 1), alpha
+def _unit(side: Tensor) -> Tensor:
+    return side.float().cpu().clamp(0, 1)
 
 
-def _preview(vae: Any, latents: Tensor) -> Tensor:
-    """The first picture over white, RGB (3, h, w)."""
-    pixels, alpha = _decode(vae, latents[:1])
-    return (pixels * alpha + 1 - alpha)[0]
+def _together(
+    conditioning: FusedConditioning, source: Source | None, batch_size: int
+) -> tuple[FusedConditioning, Source | None]:
+    """Both with one entry for each picture."""
+    words = conditioning.tokens.shape[0]
+    pictures = source.pixels.shape[0] if source is not None else 1
+    if 1 not in (words, pictures) and words != pictures:
+        raise ValueError(
+            f"expected as many pictures as conditions, or one of either, got {pictures} pictures and {words} conditions"
+        )
+    entries = max(words, pictures)
+    if source is not None:
+        mask = _each(source.mask, entries, batch_size) if source.mask is not None else None
+        source = replace(source, pixels=_each(source.pixels, entries, batch_size), mask=mask)
+    return _repeated(conditioning, entries, batch_size), source
 
 
-def _noise(shape: tuple[int, int, int], seed: int, count: int) -> Tensor:
-    return torch.stack(
-        [
-            torch.randn(shape, generator=torch.Generator("cpu").manual_seed((seed + number) % 2**64))
-            for number in range(count)
-        ]
+def _repeated(conditioning: FusedConditioning, entries: int, times: int) -> FusedConditioning:
+    return replace(
+        conditioning,
+        tokens=_each(conditioning.tokens, entries, times),
+        pooled=_each(conditioning.pooled, entries, times) if conditioning.pooled is not None else None,
+        mask=_each(conditioning.mask, entries, times),
+        negative=_repeated(conditioning.negative, entries, times) if conditioning.negative is not None else None,
+        second=_repeated(conditioning.second, entries, times) if conditioning.second is not None else None,
     )
 
 
-def _repeated(conditioning: FusedConditioning, times: int, place: dict[str, Any]) -> _Listening:
-    tokens = conditioning.tokens.repeat_interleave(times, dim=0).to(**place)
-    negative = None
-    if conditioning.negative is not None:
-        negative = conditioning.negative.tokens.expand(conditioning.tokens.shape[0], -1, -1)
-        negative = negative.repeat_interleave(times, dim=0).to(**place)
-    grid = conditioning.grid
-    if grid is None:
-        return _Listening(tokens, negative, None, None)
-
-    def on_grid(side: Tensor) -> Tensor:
-        return side.transpose(1, 2).unflatten(2, grid)
-
-    return _Listening(tokens, negative, on_grid(tokens), on_grid(negative) if negative is not None else None)
+def _each(side: Tensor, entries: int, times: int) -> Tensor:
+    return side.expand(entries, *side.shape[1:]).repeat_interleave(times, dim=0)
 
 
-def _frame(checkpoint: Checkpoint, width: int, height: int) -> _Frame:
-    family, asked = checkpoint.family, (width, height)
-    if family.fixed_size:
-        side = family.native_size
-        told = f"made at {side}x{side}, the model's one size, and resized to {width}x{height}"
-        return _Frame(side, side, width, height, () if asked == (side, side) else (told,))
-    step = family.size_multiple
-    width, height = (max(step, round(side / step) * step) for side in asked)
-    told = f"{asked[0]}x{asked[1]} rounded to {width}x{height}, multiples of {step}"
-    return _Frame(width, height, width, height, () if asked == (width, height) else (told,))
+def _on(conditioning: FusedConditioning, denoiser: Any) -> FusedConditioning:
+    negative = _on(conditioning.negative, denoiser) if conditioning.negative is not None else None
+    return replace(conditioning, tokens=conditioning.tokens.to(denoiser.device, denoiser.dtype), negative=negative)
 
 
-def _resized(pixels: Tensor, alpha: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
-    if pixels.shape[-2:] == (frame.out_height, frame.out_width):
-        return pixels, alpha
-    # Padded with transparency, so nothing is cut off; weighted by alpha, or hidden colour bleeds into the edges.
-    both = fit_to(torch.cat([pixels * alpha, alpha], dim=1), frame.out_width, frame.out_height, "pad")
-    return (both[:, :3] / both[:, 3:].clamp(min=1 / 255)).clamp(0, 1), both[:, 3:].clamp(0, 1)
+def _source(
+    checkpoint: Checkpoint, frame: Frame, image: Tensor | None, mask: Tensor | None, strength: float, steps: int
+) -> tuple[Source | None, tuple[str, ...]]:
+    """The picture and the mask within the frame, and a strength of at least one step."""
+    if image is None:
+        if mask is not None:
+            raise ValueError("expected a picture for the mask, got a mask alone")
+        return None, ()
+    family = checkpoint.family
+    if family.tasks is None:
+        raise ValueError(
+            f"expected words or a fused condition for {family.name}, which draws from no picture; got one. Let Image "
+            "features and Fuse read it"
+        )
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"expected a picture of shape (B, 3, H, W), got {tuple(image.shape)}")
+    if not torch.isfinite(image).all() or (mask is not None and not torch.isfinite(mask).all()):
+        raise ValueError("expected a picture and a mask of numbers, found NaN or infinity")
+    pixels = fit_to(_unit(image), frame.width, frame.height, "crop")
+    if mask is not None:
+        if mask.ndim != 3 or mask.shape[0] not in (1, image.shape[0]):
+            raise ValueError(f"expected a mask of shape ({image.shape[0]} or 1, H, W), got {tuple(mask.shape)}")
+        mask = fit_to(_unit(mask.unsqueeze(1)), frame.width, frame.height, "crop")
+    least = 1.0001 / steps  # a little more, or rounding down would leave no step
+    told = f"denoise {strength:g} of {steps} steps is less than one; one is taken"
+    return Source(pixels, mask, min(1.0, max(strength, least))), (told,) if strength * steps < 1 else ()
 
 
-def _check_numbers(steps: int, guidance_scale: float, width: int, height: int, batch_size: int) -> None:
+def _check_channels(checkpoint: Checkpoint, unet: Any) -> None:
+    extra = unet.config.in_channels - unet.config.out_channels
+    if checkpoint.family.tasks is not None and extra:
+        raise ValueError(
+            f"expected a picture and a mask for {checkpoint.folder.name}, whose denoiser has {extra} channels for "
+            "them; got words alone"
+        )
+
+
+def _check_numbers(
+    steps: int, guidance_scale: float, width: int, height: int, batch_size: int, strength: float
+) -> None:
     for name, value, low, high in (
         ("steps", steps, 1, MOST_STEPS),
         ("width", width, SMALLEST_SIDE, LARGEST_SIDE),
         ("height", height, SMALLEST_SIDE, LARGEST_SIDE),
         ("batch size", batch_size, 1, LARGEST_BATCH),
         ("guidance scale", guidance_scale, 0, 100),
+        ("denoise", strength, 0, 1),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} must be {low} to {high}, got {value}")

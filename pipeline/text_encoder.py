@@ -36,8 +36,12 @@ def encode_prompt(
     unwanted, told_last = _weighted(checkpoint, negative_prompt or "") if wants_negative else (None, ())
     notices = told + told_too + told_last
     if family.encoded:
-        return _by_pipeline(cache, checkpoint, wanted.text, unwanted.text if unwanted else None, notices)
-    return _by_windows(cache, checkpoint, wanted, unwanted, notices)
+        found = _by_pipeline(cache, checkpoint, wanted.text, unwanted.text if unwanted else None, notices)
+    else:
+        found = _by_windows(cache, checkpoint, wanted, unwanted, notices)
+    if not torch.isfinite(found.tokens).all():
+        raise FloatingPointError(f"{checkpoint.folder.name}: the text encoder gave values that are no numbers")
+    return found
 
 
 def _weighted(checkpoint: Checkpoint, prompt: str) -> tuple[WeightedPrompt, tuple[str, ...]]:

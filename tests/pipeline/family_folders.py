@@ -201,7 +201,10 @@ def chatglm() -> Any:
         add_qkv_bias=True,
         original_rope=True,
     )
-    return ChatGLMModel(config).float()
+    model = ChatGLMModel(config).float()
+    for name, parameter in model.named_parameters():  # it is made of empty memory, which a checkpoint fills
+        torch.nn.init.normal_(parameter, mean=1.0 if "layernorm" in name else 0.0, std=0.02)
+    return model
 
 
 # --- decoders and denoisers ---
@@ -283,8 +286,8 @@ def stable_diffusion_3() -> dict[str, Any]:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=16,  # its inpainting pipeline takes no other number
+        out_channels=16,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -303,7 +306,7 @@ def stable_diffusion_3() -> dict[str, Any]:
         "text_encoder_2": clip(16, projection=16, hidden_act="gelu"),
         "text_encoder_3": t5(),
         "transformer": transformer,
-        "vae": vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
+        "vae": vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
@@ -451,11 +454,11 @@ def sana(sprint: bool = False) -> dict[str, Any]:
 def pixart(sigma: bool = False) -> dict[str, Any]:
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=12,
         in_channels=4,
         out_channels=8,
         num_layers=1,
-        cross_attention_dim=16,
+        cross_attention_dim=24,
         caption_channels=32,
         sample_size=128,
         use_additional_conditions=not sigma,
