@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +42,11 @@ __all__ = [
     "diffusers_folder",
     "diffusers_names",
     "embedding_store",
+    "installed_nodes",
     "io",
     "model_cache",
+    "model_folders",
+    "picture_folder",
     "steps",
     "ui",
 ]
@@ -286,7 +290,24 @@ def _check_name(name: str) -> None:
             raise ValueError(f"model name {name!r}: {part!r} cannot name a folder on every system")
 
 
+def model_folders() -> dict[str, list[Path]]:
+    """Every folder that the host knows by kind, those of pictures too; it knows some by their older names as well."""
+    kinds = {kind: [Path(root) for root in roots] for kind, (roots, _) in folder_paths.folder_names_and_paths.items()}
+    kinds.pop("custom_nodes", None)
+    return kinds | {kind: [picture_folder(kind)] for kind in ("input", "output", "temp")}
+
+
+def picture_folder(kind: str) -> Path:
+    """kind: "input", "output" or "temp"."""
+    return Path(folder_paths.get_directory_by_type(kind)).resolve()
+
+
 # --- nodes ---
+
+
+def installed_nodes() -> set[str]:
+    """The types that this host can run."""
+    return set(sys.modules["nodes"].NODE_CLASS_MAPPINGS)  # the host's own module of that name, not ours
 
 
 def _known(call: Callable) -> Callable:
@@ -302,6 +323,15 @@ def _known(call: Callable) -> Callable:
     return filtered
 
 
+def _of_several(call: Callable) -> Callable:
+    """An input of several types, given as the host's own types or as ours around them."""
+
+    def unwrapped(name: str, types: list[Any], **options: Any) -> Any:
+        return _known(call)(name, types=[getattr(kind, "_wrapped", kind) for kind in types], **options)
+
+    return unwrapped
+
+
 class _Io:
     """The host's ``io``, whose Schema and Inputs accept arguments of newer hosts: a TypeError drops the whole pack."""
 
@@ -310,6 +340,8 @@ class _Io:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._wrapped, name)
+        if name == "Input" and self._wrapped is host_io.MultiType:
+            return _of_several(value)
         if name == "Schema" or name in ("Input", "Output"):
             return _known(value)
         if name == "Custom":

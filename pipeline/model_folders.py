@@ -60,7 +60,7 @@ def find_files(wanted: Iterable[WantedFile], folders: Mapping[str, Sequence[Path
     found = []
     for each in wanted:
         folder = _ALIASES.get(each.folder, each.folder)
-        if not _stays_inside(each.name):
+        if not stays_inside(each.name):
             note = "expected a name inside the folder, without .. and not absolute"
             found.append(Finding(each.node, folder, shown(each.name), "refused", (), note))
             continue
@@ -87,7 +87,8 @@ def _annotated(name: str, folder: str) -> tuple[str, str]:
     return name, folder
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(name: str) -> bool:
+    """Whether a relative name, on any system, leads to no place outside the folder that it is looked for in."""
     parts = PureWindowsPath(name).parts  # splits at both kinds of slash
     absolute = PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute()
     return bool(parts) and not absolute and ".." not in parts and "\0" not in name and len(name) < 1000
