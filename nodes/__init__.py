@@ -1,5 +1,7 @@
 """The ComfyUI side of Duet: every node, by name. A node converts, calls the pipeline once, and wraps."""
 
+from .doctor import DuetDoctor
+from .embeddings import DuetLoadEmbeddings, DuetSaveEmbeddings
 from .fusion import DuetFuse
 from .generation import DuetFinishImage, DuetGenerate
 from .host import ComfyExtension  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
@@ -16,6 +18,9 @@ NODES: list[type] = [
     DuetGenerate,
     DuetFinishImage,
     DuetModelCache,
+    DuetSaveEmbeddings,
+    DuetLoadEmbeddings,
+    DuetDoctor,
 ]
 
 
