@@ -1,8 +1,8 @@
-"""A diffusers folder on disk -> validated components. Offline; classes from an allow-list; safetensors only."""
+"""A diffusers folder or single file -> validated components. Offline; classes from an allow-list; safetensors only."""
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from .families import FAMILIES, Family
 from .model_cache import ModelCache, ModelKey
 from .residency import is_out_of_memory
 from .safetensors_files import CheckpointError, read_json, shown
+from .single_file import open_single_file
+from .single_file_weights import build as build_from_single_file
 
 __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]
 
@@ -33,15 +35,17 @@ _QUOTED = 300  # characters of theirs that our error repeats; they may list ever
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose every component was found whole when it was opened. Holds no weights.
+    """A folder or single file whose every component was found whole when it was opened. Holds no weights.
 
-    identity: the folder's name and a digest of the weights, which says the same on every machine.
+    folder: or the single file; identity: its name and a digest of the weights, which says the same on every machine;
+    index: the model_index.json, which ships with the pack for a single file.
     """
 
     folder: Path
     family: Family
     components: Mapping[str, Component]
     identity: str
+    index: Path
     _tokenizers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def has(self, component: str) -> bool:
@@ -78,29 +82,15 @@ class Checkpoint:
         check_model(part.config, part.weights)  # again: they may have been replaced since the folder was opened
         try:
             with building, torch.inference_mode(False):
-                module, report = part.load_class().from_pretrained(
-                    str(part.folder),
-                    use_safetensors=True,
-                    local_files_only=True,
-                    variant=part.variant,
-                    output_loading_info=True,
-                    dtype=dtype or torch.float32,
-                    # Its other way needs a further package, and patches nn.Module while it runs.
-                    **({"low_cpu_mem_usage": False} if part.library in ("diffusers", "duet") else {}),
-                )
+                build = build_from_single_file if part.form else _build_from_folder
+                module = build(part, dtype or torch.float32)
                 _own(module)
         except (*LOADING_ERRORS, SafetensorError) as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{part.folder}: expected weights of a {part.class_name}, got: {str(error)[:_QUOTED]}"
+                f"{part.where}: expected weights of a {part.class_name}, got: {str(error)[:_QUOTED]}"
             ) from error
-        lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        if lacking:
-            raise CheckpointError(
-                f"{part.folder}: expected the weights of a {part.class_name}; {len(lacking)} are missing or of another "
-                f"shape, the first being {lacking[0]}"
-            )
         return module.eval().requires_grad_(False)
 
     def use(self, cache: ModelCache, component: str, dtype: torch.dtype | None = None) -> AbstractContextManager[Any]:
@@ -130,11 +120,22 @@ class Checkpoint:
         return self.components[name]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Check a diffusers folder by its JSON and the headers of its weights. Raises CheckpointError, naming the file."""
-    if not folder.is_dir():
-        raise CheckpointError(f"expected a folder with a model_index.json at {folder}, found no such folder")
-    index_path = folder / "model_index.json"
+def open_checkpoint(path: Path, further: Sequence[Path] = (), config: Path | None = None) -> Checkpoint:
+    """Check a diffusers folder, or a single file, by its JSON and the headers of its weights.
+
+    further: for a single file that holds no text encoder or VAE, the files that do; config: for a single file, a folder
+    of configurations in place of those that ship. Raises CheckpointError, naming the file.
+    """
+    if path.suffix == ".safetensors" and not path.is_dir():
+        single = open_single_file(path, further, config)
+        return _checkpoint(path, single.family, single.components, single.index)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"expected a folder with a model_index.json, or a .safetensors file, at {path}, found no such folder"
+        )
+    if further:
+        raise CheckpointError(f"{path} is a folder, which is used whole: expected no {further[0].name} beside it")
+    index_path = path / "model_index.json"
     index = read_json(index_path)
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in FAMILIES:
@@ -148,13 +149,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name in family.components:
         if name not in components:
             raise CheckpointError(f"{index_path}: expected a component {name!r} for a {family.name} model, found none")
+    return _checkpoint(path, family, components, index_path)
+
+
+def _checkpoint(path: Path, family: Family, components: Mapping[str, Component], index: Path) -> Checkpoint:
     digest = hashlib.sha256("".join(f"{name}{components[name].digest}" for name in sorted(components)).encode())
-    return Checkpoint(folder, family, components, f"{folder.name}@{digest.hexdigest()[:12]}")
+    return Checkpoint(path, family, components, f"{path.name}@{digest.hexdigest()[:12]}", index)
+
+
+def _build_from_folder(part: Component, dtype: torch.dtype) -> nn.Module:
+    module, report = part.load_class().from_pretrained(
+        str(part.folder),
+        use_safetensors=True,
+        local_files_only=True,
+        variant=part.variant,
+        output_loading_info=True,
+        dtype=dtype,
+        # Its other way needs a further package, and patches nn.Module while it runs.
+        **({"low_cpu_mem_usage": False} if part.library in ("diffusers", "duet") else {}),
+    )
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lacking:
+        raise CheckpointError(
+            f"{part.folder}: expected the weights of a {part.class_name}; {len(lacking)} are missing or of another "
+            f"shape, the first being {lacking[0]}"
+        )
+    return module
 
 
 def _read(part: Component, from_pretrained: Any) -> Any:
     try:
-        return from_pretrained(str(part.folder), local_files_only=True)
+        return from_pretrained(str(part.folder), local_files_only=True, **part.options)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{part.folder}: expected a {part.class_name}, got: {str(error)[:_QUOTED]}") from error
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,9 @@ _MOST_TRAIN_STEPS = 100_000
 class Component:
     """One part of a checkpoint. config: its JSON file; weights: its files, none for a tokenizer or a scheduler.
 
-    variant: the infix of the weights' names, such as "fp16"; digest: of all its weights files.
+    variant: the infix of the weights' names, such as "fp16"; digest: of all its weights files. form: in a single file,
+    the layout of its tensors, of which all names begin with ``prefix``; options: what replaces or adds to the
+    configuration.
     """
 
     name: str
@@ -115,6 +117,14 @@ class Component:
     weights: tuple[Path, ...] = ()
     variant: str | None = None
     digest: str = ""
+    form: str = ""
+    prefix: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> Path:
+        """For an error: the folder of the component, or the single file that holds it."""
+        return self.weights[0] if self.form else self.folder
 
     @property
     def folder(self) -> Path:
@@ -139,6 +149,10 @@ def open_component(index: Path, name: str, entry: list[Any]) -> Component:
     kinds = _TOKENIZERS if name.startswith("tokenizer") else _SCHEDULERS if name == "scheduler" else _MODELS
     allowed = {class_name for names in kinds.values() for class_name in names}
     raise CheckpointError(f"{index}: {name} is {shown(entry)}; expected {either(allowed)}")
+
+
+def model_class_allowed(library: str, class_name: str) -> bool:
+    return class_name in _MODELS.get(library, ())
 
 
 def _open_model(name: str, library: str, class_name: str, folder: Path) -> Component:

@@ -27,7 +27,5 @@ def assemble(checkpoint: Checkpoint, class_name: str, parts: Mapping[str, Any]) 
 
 
 def pipeline_options(checkpoint: Checkpoint) -> dict[str, bool]:
-    """The switches of model_index.json, such as is_distilled; none where the checkpoint is no folder."""
-    index = checkpoint.folder / "model_index.json"
-    found = read_json(index) if index.is_file() else {}
-    return {name: value for name, value in found.items() if isinstance(value, bool)}
+    """The switches of model_index.json, such as is_distilled."""
+    return {name: value for name, value in read_json(checkpoint.index).items() if isinstance(value, bool)}

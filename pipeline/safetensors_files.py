@@ -10,9 +10,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,13 +35,27 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a file. dtype: as the format names it, such as "BF16"; start, stop: its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class WeightsFile:
-    """A safetensors file that is whole. tensors: how many; digest: of its header and a sample of its bytes."""
+    """A safetensors file that is whole. digest: of its header and a sample of its bytes."""
 
     path: Path
     size: int
-    tensors: int
     digest: str
+    entries: Mapping[str, TensorEntry] = field(repr=False, compare=False)
+
+    @property
+    def tensors(self) -> int:
+        return len(self.entries)
 
 
 def check_weights(path: Path) -> WeightsFile:
@@ -50,8 +64,8 @@ def check_weights(path: Path) -> WeightsFile:
         status = os.fstat(file.fileno())
         header = _header(path, file, status.st_size)
         data_start = 8 + len(header)
-        tensors, data_bytes = _layout(path, header)
-        expected = data_start + data_bytes
+        entries = _layout(path, header)
+        expected = max((entry.stop for entry in entries.values()), default=data_start)
         if status.st_size < expected:
             raise CheckpointError(
                 f"{path} is truncated: expected {expected:,} bytes, found {status.st_size:,}. Fetch it again"
@@ -65,7 +79,7 @@ def check_weights(path: Path) -> WeightsFile:
         for place in range(_SAMPLES):
             file.seek(data_start + (expected - data_start) * place // _SAMPLES)
             digest.update(file.read(_SAMPLE_BYTES))
-    return WeightsFile(path, status.st_size, tensors, digest.hexdigest())
+    return WeightsFile(path, status.st_size, digest.hexdigest(), entries)
 
 
 def read_json(path: Path, largest: int = 2**20) -> dict[str, Any]:
@@ -139,17 +153,20 @@ def _looks_like(start: bytes, length: int, size: int) -> str:
     return f"{size:,} bytes of something else, which starts with {start[:16]!r}"
 
 
-def _layout(path: Path, header: bytes) -> tuple[int, int]:
-    """How many tensors a header describes, and how many bytes they take, once it is sure that they lie end to end."""
+def _layout(path: Path, header: bytes) -> dict[str, TensorEntry]:
+    """The tensors that a header describes, once it is sure that they lie end to end."""
     entries = _parse(path, header)
     entries.pop("__metadata__", None)
     spans = sorted(_span(path, name, entry) for name, entry in entries.items())
-    end = 0
+    end, data_start = 0, 8 + len(header)
+    found = {}
     for start, stop, name in spans:
         if start != end:
             raise CheckpointError(f"{path}: expected tensor {shown(name)} to start at byte {end}, it claims {start}")
         end = stop
-    return len(spans), end
+        entry = entries[name]
+        found[name] = TensorEntry(entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
+    return found
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:

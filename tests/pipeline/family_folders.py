@@ -211,14 +211,12 @@ def chatglm() -> Any:
 
 
 def vae(channels: int = 4, **options: Any) -> Any:
-    return diffusers.AutoencoderKL(
-        latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        norm_num_groups=4,
-        **options,
-    )
+    blocks: dict[str, Any] = {  # annotated as tuples of one
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8,) * 4,
+    }
+    return diffusers.AutoencoderKL(latent_channels=channels, norm_num_groups=4, **blocks, **options)
 
 
 def unet(cross_attention_dim: int, **options: Any) -> Any:
@@ -253,12 +251,14 @@ def stable_diffusion_2() -> dict[str, Any]:
     return stable_diffusion() | {
         "text_encoder": clip(hidden_act="gelu"),
         "unet": unet(32, use_linear_projection=True),
-        "scheduler": diffusers.DDIMScheduler(**_SD_BETAS, prediction_type="v_prediction", clip_sample=False),
+        "scheduler": diffusers.DDIMScheduler(
+            **_SD_BETAS, prediction_type="v_prediction", clip_sample=False, steps_offset=1
+        ),
     }
 
 
 def stable_diffusion_turbo() -> dict[str, Any]:
-    scheduler = diffusers.EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="trailing")
+    scheduler = diffusers.EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="trailing", steps_offset=1)
     return stable_diffusion_2() | {"scheduler": scheduler}
 
 
@@ -372,8 +372,8 @@ def qwen_image() -> dict[str, Any]:
     decoder = diffusers.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,  # as in the layout of single files, whose names count through the blocks
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )

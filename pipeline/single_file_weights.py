@@ -1,0 +1,199 @@
+"""One component read from a single file: its tensors alone, renamed as diffusers and transformers name them."""
+
+import importlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from .components import Component
+from .safetensors_files import CheckpointError, check_weights, read_json
+
+Tensors = dict[str, torch.Tensor]
+
+# Beside a weight of 8 bits: by what its values were divided, or how a kernel would use them.
+_SCALES = (".scale_weight", ".weight_scale")
+_NO_WEIGHTS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant", *_SCALES)
+
+
+def build(part: Component, dtype: torch.dtype) -> nn.Module:
+    """Reads no other component's tensors. The caller holds the lock on building. Raises CheckpointError."""
+    config = read_json(part.config) | dict(part.options)
+    tensors = CONVERTERS[part.form](read_tensors(part, dtype), config)
+    build_with = _transformers if part.library == "transformers" else _diffusers
+    module, lacking = build_with(part.load_class(), config, tensors, dtype)
+    if lacking:
+        raise CheckpointError(
+            f"{part.weights[0]}: expected the weights of a {part.class_name}; {len(lacking)} are missing or of another "
+            f"shape, the first being {sorted(lacking)[0]}"
+        )
+    return module
+
+
+def read_tensors(part: Component, dtype: torch.dtype) -> Tensors:
+    """The component's tensors by their names less the prefix. 8-bit ones are multiplied out to ``dtype``."""
+    path = part.weights[0]
+    entries = check_weights(path).entries
+    names = [name for name in entries if name.startswith(part.prefix)]
+    for name in names:
+        # Four bits of two values in a byte, or blocks with their own scales.
+        if name.endswith(".weight_scale_2") or (name.endswith(".weight") and entries[name].dtype in ("U8", "I8")):
+            raise CheckpointError(f"{path}: expected plain weights or scaled 8-bit floats, found the quantised {name}")
+    tensors: Tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            if name.endswith(_NO_WEIGHTS):
+                continue
+            tensor = file.get_tensor(name)
+            if entries[name].dtype.startswith("F8"):
+                tensor = tensor.to(dtype)
+                stem = name.removesuffix(".weight")
+                for scale in (f"{stem}{end}" for end in _SCALES):
+                    if scale in entries:
+                        tensor *= file.get_tensor(scale).to(dtype)
+            tensors[name.removeprefix(part.prefix)] = tensor
+    return tensors
+
+
+# --- layouts: each converter takes the tensors without prefix, and the configuration of the class ---
+
+
+def _utilities() -> Any:
+    return importlib.import_module("diffusers.loaders.single_file_utils")
+
+
+def _as_is(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    return tensors
+
+
+def _ldm_unet(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    named = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    converted = _utilities().convert_ldm_unet_checkpoint(named, config)
+    if "time_embed.cond_proj.weight" in tensors:  # of a latent consistency model; diffusers' converter drops it
+        converted["time_embedding.cond_proj.weight"] = tensors["time_embed.cond_proj.weight"]
+    return converted
+
+
+def _ldm_vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    within = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
+    for old, new in within.items():  # FLUX.2 keeps them there
+        for name in [name for name in tensors if name.startswith(old)]:
+            tensors[new + name.removeprefix(old)] = tensors.pop(name)
+    converted = _utilities().convert_ldm_vae_checkpoint(tensors, config)
+    return converted | {name: tensor for name, tensor in tensors.items() if name.startswith("bn.")}
+
+
+def _wan_vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    return _utilities().convert_wan_vae_to_diffusers(tensors)
+
+
+def _clip(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    if "text_projection.weight" not in tensors and config["projection_dim"] == config["hidden_size"]:
+        # Stable Diffusion 3's files leave it out, since it is the identity there.
+        tensors["text_projection.weight"] = torch.eye(config["hidden_size"])
+    return tensors
+
+
+def _open_clip(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    # Stable Diffusion 2 hears the last layer but one, and its configuration ends there.
+    layers = config["num_hidden_layers"]
+    kept = {
+        f"clip.{name}": tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("transformer.resblocks.") or int(name.split(".")[2]) < layers
+    }
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+    return _utilities().convert_open_clip_checkpoint(model, kept, prefix="clip.")
+
+
+def _sd3(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    return _utilities().convert_sd3_transformer_checkpoint_to_diffusers(tensors)
+
+
+def _flux(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    return _utilities().convert_flux_transformer_checkpoint_to_diffusers(tensors)
+
+
+def _flux2(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    return _utilities().convert_flux2_transformer_checkpoint_to_diffusers(tensors)
+
+
+def _z_image(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    return _utilities().convert_z_image_transformer_checkpoint_to_diffusers(tensors)
+
+
+CONVERTERS: dict[str, Callable[[Tensors, dict[str, Any]], Tensors]] = {
+    "as_is": _as_is,
+    "clip": _clip,
+    "diffusers_flux": _as_is,
+    "diffusers_unet": _as_is,
+    "flux": _flux,
+    "flux2": _flux2,
+    "ldm_unet": _ldm_unet,
+    "ldm_vae": _ldm_vae,
+    "open_clip": _open_clip,
+    "qwen_image": _as_is,
+    "sd3": _sd3,
+    "wan_vae": _wan_vae,
+    "z_image": _z_image,
+}
+
+
+# --- modules ---
+
+
+def _transformers(cls: Any, config: dict[str, Any], tensors: Tensors, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    module, report = cls.from_pretrained(
+        None,
+        config=cls.config_class.from_dict(config),
+        state_dict=tensors,
+        output_loading_info=True,
+        dtype=dtype,
+    )
+    return module, [*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])]
+
+
+def _diffusers(cls: Any, config: dict[str, Any], tensors: Tensors, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    with _parameters_without_memory():
+        module = cls.from_config(config)
+    as_float32 = tuple(cls._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+    wanted = module.state_dict()
+    given: Tensors = {}
+    for name in list(tensors):  # popped one by one, so that no more than one is held twice
+        tensor = tensors.pop(name)
+        if name in wanted and tensor.shape == wanted[name].shape:
+            exact = any(part in name.split(".") for part in as_float32)
+            given[name] = tensor.to(torch.float32 if exact else dtype) if tensor.is_floating_point() else tensor
+    lacking = [name for name in wanted if name not in given]
+    if not lacking:
+        module.load_state_dict(given, assign=True)
+        for name, buffer in module.named_buffers():  # tables that are no part of a file keep their precision
+            if name in given and buffer.is_floating_point() and buffer.dtype != given[name].dtype:
+                buffer.data = given[name]
+    return module, lacking
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules made by this thread have parameters on the meta device, but real buffers, which may be computed tables.
+
+    torch.device("meta") would leave those empty for good.
+    """
+    thread = threading.get_ident()
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return None  # registered as it is
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(on_meta)  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        handle.remove()
