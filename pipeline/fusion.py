@@ -9,8 +9,12 @@ from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, ImageFeatures, PromptEmbeds, Space
 from .fusion_network import FusionNetwork
 from .model_cache import ModelCache
+from .token_fusion import METHODS as TOKEN_METHODS
+from .token_fusion import TokenAdapter, join_tokens
 
 Meet = Callable[[FusionNetwork, Tensor, Tensor, float], Tensor]
+
+PICTURE_LAYER = "pooler_output"  # of the image encoder, what a fusion network was trained on
 
 
 def fuse(
@@ -21,23 +25,37 @@ def fuse(
     *,
     method: str = "concat",
     strength: float = 0.5,
+    adapter: TokenAdapter | None = None,
 ) -> FusedConditioning:
     """Words, a picture, or both, as one condition.
 
     strength: 0 is exactly the words alone, 1 exactly the picture alone; no effect when only one of them is given.
     method: "concat" goes through the trained network at both ends and, at one half, with both sides joined; "weighted"
-    is the straight line between the two ends; "gated" lets each place of the picture choose its own moment to change.
+    is the straight line between the two ends; "spherical" the way over the sphere; "gated" lets each place of the
+    picture choose its own moment to change.
+    A model without a fusion network takes words, and a picture beside them as ``join_tokens`` has it: by "concat" or
+    "cross-attention", with the weights of ``adapter``, and strength 1 is then the picture in full beside the words.
     A batch of one meets a batch of any size; otherwise the sizes must agree. Raises ValueError where they do not, where
-    a space is another model's, or where neither side is given.
+    a space is another model's, where neither side is given, or where a method is none for this model.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    known = dict.fromkeys([*METHODS, *TOKEN_METHODS])
+    if method not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be 0 (words alone) to 1 (picture alone), got {strength}")
     if prompt is None and image is None:
         raise ValueError("expected prompt embeds, image features or both, got neither")
     if not checkpoint.has("fusion"):
-        return _words_only(checkpoint, prompt, image)
+        words_alone = _words_alone(checkpoint, prompt)
+        if image is None:
+            return words_alone
+        return join_tokens(cache, words_alone, image, method=method, strength=strength, adapter=adapter)
+    if method not in METHODS or adapter is not None:
+        asked = f"method {method}" if adapter is None else f"{adapter.name}, the weights of a {adapter.kind}"
+        raise ValueError(
+            f"{checkpoint.folder.name} has a fusion network: expected {', '.join(METHODS)}, without further weights; "
+            f"got {asked}"
+        )
     _check_spaces(checkpoint, prompt, image)
 
     words = prompt.pooled if prompt is not None and prompt.mask.any() else None  # an empty prompt is no prompt
@@ -88,7 +106,29 @@ def _gated(network: FusionNetwork, words: Tensor, picture: Tensor, strength: flo
     )
 
 
-METHODS: dict[str, Meet] = {"concat": _concat, "weighted": _weighted, "gated": _gated}
+def _spherical(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
+    return slerp(network(words, None), network(None, picture), strength)
+
+
+METHODS: dict[str, Meet] = {"concat": _concat, "weighted": _weighted, "spherical": _spherical, "gated": _gated}
+
+
+def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Directions over the great circle, lengths in a straight line, along the last axis; exact at both ends.
+
+    Where there is no one great circle, between parallel, opposite or zero vectors, the straight line between them
+    (Shoemake 1985, "Animating Rotation with Quaternion Curves").
+    """
+    if share in (0, 1):
+        return end if share else start
+    lengths = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)
+    one, other = (side / length.clamp(min=1e-12) for side, length in zip((start, end), lengths, strict=True))
+    # By halves, because the arc cosine of a product is coarse for small angles.
+    angle = 2 * torch.atan2((one - other).norm(dim=-1, keepdim=True), (one + other).norm(dim=-1, keepdim=True))
+    sine = angle.sin()
+    way = (((1 - share) * angle).sin() * one + (share * angle).sin() * other) / sine.clamp(min=1e-12)
+    straight = (sine < 1e-4) | (lengths[0] < 1e-12) | (lengths[1] < 1e-12)
+    return torch.where(straight, torch.lerp(start, end, share), way * torch.lerp(*lengths, share))
 
 
 def _between(start: Tensor, end: Tensor | None, share: float) -> Tensor:
@@ -113,22 +153,23 @@ def _check_spaces(checkpoint: Checkpoint, prompt: PromptEmbeds | None, image: Im
             raise ValueError(
                 f"expected embeddings of {checkpoint.identity_of(component)}, got embeddings of {side.space}"
             )
-
-
-def _words_only(checkpoint: Checkpoint, prompt: PromptEmbeds | None, image: ImageFeatures | None) -> FusedConditioning:
-    if image is not None or prompt is None:
+    if image is not None and image.space.layer != PICTURE_LAYER:
         raise ValueError(
-            f"expected words alone, since {checkpoint.folder.name} has no fusion network, got image features"
+            f"expected {PICTURE_LAYER} of {checkpoint.identity_of('image_encoder')}, got features of {image.space}"
         )
+
+
+def _words_alone(checkpoint: Checkpoint, prompt: PromptEmbeds | None) -> FusedConditioning:
+    if prompt is None:
+        raise ValueError(f"expected words: {checkpoint.folder.name} has no fusion network; got image features alone")
     _check_spaces(checkpoint, prompt, None)
-    negative = _words_only(checkpoint, prompt.negative, None) if prompt.negative is not None else None
     second = prompt.second
     return FusedConditioning(
         tokens=prompt.tokens,
         pooled=prompt.pooled,
         mask=prompt.mask,
         space=prompt.space,
-        negative=negative,
+        negative=_words_alone(checkpoint, prompt.negative) if prompt.negative is not None else None,
         notices=prompt.notices,
         second=FusedConditioning(second.tokens, second.pooled, second.mask, second.space) if second else None,
     )
