@@ -6,6 +6,14 @@ from .fusion import DuetFuse
 from .generation import DuetFinishImage, DuetGenerate
 from .host import ComfyExtension  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
 from .models import DuetLoadModel, DuetModelCache
+from .stock import (
+    DuetConditionFromStock,
+    DuetConditionToStock,
+    DuetEmbedTextByClip,
+    DuetFeaturesFromStock,
+    DuetFeaturesToStock,
+    DuetModelToStock,
+)
 from .text import DuetEmbedText
 from .vision import DuetImageFeatures, DuetPrepareImage
 
@@ -21,6 +29,12 @@ NODES: list[type] = [
     DuetSaveEmbeddings,
     DuetLoadEmbeddings,
     DuetDoctor,
+    DuetModelToStock,
+    DuetConditionToStock,
+    DuetConditionFromStock,
+    DuetEmbedTextByClip,
+    DuetFeaturesFromStock,
+    DuetFeaturesToStock,
 ]
 
 

@@ -8,6 +8,7 @@ from .host import io, model_cache
 from .host import steps as host_steps
 from .images import over_white, to_colour, to_image, to_mask, to_pil, to_pixels
 from .stages import stage
+from .stock_objects import to_latent
 
 FITS = ["crop", "pad", "stretch"]
 
@@ -54,6 +55,9 @@ class DuetGenerate(io.ComfyNode):
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The pictures, RGB, laid over white."),
                 io.Mask.Output("mask", display_name="mask", tooltip="1 where a picture is transparent: 1 - alpha."),
+                io.Latent.Output(
+                    "latent", display_name="latent", tooltip="What was decoded, for the host's own nodes, unscaled."
+                ),
             ],
         )
 
@@ -74,8 +78,11 @@ class DuetGenerate(io.ComfyNode):
                 batch_size=batch_size,
                 on_step=_report(steps),
             )
+            latent = to_latent(model_cache(), model, pictures.latents)
         image = to_image(over_white(pictures.pixels, pictures.alpha))
-        return io.NodeOutput(image, to_mask(pictures.alpha), ui=done.ui(pictures.notices, pictures.milliseconds))
+        return io.NodeOutput(
+            image, to_mask(pictures.alpha), latent, ui=done.ui(pictures.notices, pictures.milliseconds)
+        )
 
 
 class DuetFinishImage(io.ComfyNode):

@@ -1,0 +1,126 @@
+"""What comes from a host's own nodes, and what goes to them, for every family at its tiny size."""
+
+import pytest
+import torch
+
+from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.model_cache import ModelCache
+from pipeline.stock import (
+    condition_width,
+    decode_host_latents,
+    encode_for_host,
+    image_features_from,
+    prompt_embeds_from,
+    to_host_latents,
+)
+from pipeline.text_encoder import encode_prompt
+
+from .family_folders import FAMILY_FOLDERS, save_family
+
+
+@pytest.fixture(scope="module", params=FAMILY_FOLDERS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(save_family(request.param, tmp_path_factory.mktemp(request.param) / request.param))
+
+
+def picture(batch: int = 1, height: int = 64, width: int = 64) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_a_family_says_is_as_wide_as_what_it_hears(cache: ModelCache, family: Checkpoint):
+    said = encode_prompt(cache, family, "rose")
+    assert condition_width(family) == said.tokens.shape[-1]
+    heard = prompt_embeds_from(family, said.tokens, said.pooled, said.mask)
+    assert torch.equal(heard.tokens, said.tokens) and torch.equal(heard.mask, said.mask)
+    assert heard.space.model == said.space.model
+
+
+def test_a_condition_of_another_width_is_refused_naming_both(family: Checkpoint):
+    width = condition_width(family)
+    assert width is not None
+    with pytest.raises(
+        ValueError, match=f"expected a condition {width} wide for {family.folder.name}.* {width + 8} wide"
+    ):
+        prompt_embeds_from(family, torch.zeros(1, 4, width + 8), None)
+
+
+def test_pooled_words_are_asked_for_where_the_denoiser_hears_them(cache: ModelCache, family: Checkpoint):
+    pooled = encode_prompt(cache, family, "rose").pooled
+    tokens = torch.zeros(1, 4, condition_width(family) or 1)
+    if {"pooled"} & set(family.family.arguments):
+        assert pooled is not None
+        for wrong, said in ((None, "got none"), (torch.zeros(1, pooled.shape[-1] + 1), "got one")):
+            with pytest.raises(ValueError, match=f"pooled condition {pooled.shape[-1]} wide.*{said}"):
+                prompt_embeds_from(family, tokens, wrong)
+    else:
+        assert prompt_embeds_from(family, tokens, None).pooled is None
+
+
+def test_latents_of_the_host_come_back_as_they_went(cache: ModelCache, family: Checkpoint):
+    with family.use(cache, "vae") as vae:
+        config = dict(vae.config)
+    encoded = encode_for_host(cache, family, picture(batch=2))
+    pixels, alpha = decode_host_latents(cache, family, encoded)
+    assert pixels.shape == (2, 3, 64, 64) and alpha.shape == (2, 1, 64, 64)
+    assert pixels.min() >= 0 and pixels.max() <= 1
+    tiled, _ = decode_host_latents(cache, family, encoded, tiled=True)
+    assert tiled.shape == pixels.shape and tiled.isfinite().all()
+    scaled = torch.randn(1, encoded.shape[1], 4, 4, generator=torch.Generator().manual_seed(1))
+    given = to_host_latents(cache, family, scaled)
+    if family.components["vae"].class_name == "AutoencoderKLFlux2":
+        assert given is None
+        return
+    assert given is not None and given.ndim == encoded.ndim
+    given = given.reshape(scaled.shape)
+    if config.get("latents_mean") is None:
+        factor, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+        torch.testing.assert_close((given - shift) * factor, scaled)
+    else:
+        torch.testing.assert_close(given[0, 1], scaled[0, 1] * config["latents_std"][1] + config["latents_mean"][1])
+
+
+def test_a_picture_is_cut_to_whole_latents_at_both_ends(cache: ModelCache, family: Checkpoint):
+    step = family.family.downscale
+    wide = picture(width=64 + step)
+    ends = wide[..., step // 2 - 1 : 64 + step // 2 - 1]
+    odd = wide[..., : 64 + step - 2]
+    torch.testing.assert_close(encode_for_host(cache, family, odd), encode_for_host(cache, family, ends))
+    with pytest.raises(ValueError, match=f"at least {step}x{step}"):
+        encode_for_host(cache, family, picture(height=step - 1))
+
+
+def test_latents_of_another_vae_are_refused(cache: ModelCache, family: Checkpoint):
+    with pytest.raises(ValueError, match=f"expected latents of .* channels .* for {family.folder.name}"):
+        decode_host_latents(cache, family, torch.zeros(1, 3, 4, 4))
+    with family.use(cache, "vae") as vae:
+        assert not vae.use_tiling, "left as it was"
+
+
+def test_a_model_with_a_fusion_network_hears_its_own_words_alone(warm: ModelCache, shipped: Checkpoint):
+    said = encode_prompt(warm, shipped, "rose")
+    with pytest.raises(ValueError, match=r"its own encoder for duet-mini .*768 wide"):
+        prompt_embeds_from(shipped, torch.zeros(1, 77, 768), None)
+    known = prompt_embeds_from(shipped, said.tokens, said.pooled, said.mask, space=said.space)
+    assert known.space == said.space
+
+
+def test_transparent_pictures_go_both_ways(warm: ModelCache, shipped: Checkpoint):
+    latents = encode_for_host(warm, shipped, picture())
+    pixels, alpha = decode_host_latents(warm, shipped, latents)
+    assert alpha.mean() > 0.9, "an opaque picture stays opaque"
+    assert (pixels - picture()).abs().mean() < 0.3
+
+
+@pytest.mark.parametrize(("count", "side"), [(257, 16), (256, 16), (1, 1), (730, 27)])
+def test_features_lie_on_a_square_without_the_class_token(count: int, side: int):
+    tokens = torch.arange(count).view(1, count, 1).float()
+    features = image_features_from(tokens, torch.zeros(1, 4), "vit", "last_hidden_state")
+    assert features.grid == (side, side)
+    assert torch.equal(features.tokens, tokens[:, count - side * side :])
+    assert str(features.space) == str(features.space).strip() and features.space.model == "vit"
+
+
+@pytest.mark.parametrize("count", [0, 3, 255])
+def test_features_that_make_no_square_are_refused(count: int):
+    with pytest.raises(ValueError, match=f"square picture.*got {count}"):
+        image_features_from(torch.zeros(1, count, 8), torch.zeros(1, 4), "vit", "last_hidden_state")
