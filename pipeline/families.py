@@ -33,8 +33,9 @@ class Family:
     as a user says it to a chat model that is to do so.
     listed: the call takes a list of (L, D), the tokens that count of each prompt. latents: how the call takes and shows
     them: "plain" (B, C, h, w), "packed" or "patched" two by two; encodes_apart: a picture is given as latents;
-    largest_source: pixels of the largest picture that is drawn from, 0 for no limit; own_sampler: words alone are drawn
-    by ``unet_sampler``.
+    strength_steps: whether the strength's share of the steps is cut ("down") or filled ("up") to a whole number, or all
+    are taken from that share of the noise ("all"); largest_source: pixels of the largest picture that is drawn from, 0
+    for no limit; own_sampler: words alone are drawn by ``unet_sampler``.
     guidance: how ``guidance_scale`` reaches the model. "negative": steering away from a negative prompt (arXiv
     2207.12598); "true_cfg_scale": the same under this name; "from_zero": the same, 0 being plain where we say 1;
     "embedded": an input of a distilled network, which hears no negative prompt.
@@ -63,6 +64,7 @@ class Family:
     latents: str = "plain"
     encodes_apart: bool = False
     largest_source: int = 0
+    strength_steps: str = "down"
     own_sampler: bool = False
     guidance: str = "negative"
 
@@ -128,6 +130,7 @@ FAMILIES: dict[str, Family] = {
         components=_STABLE_DIFFUSION,
         pads_to_window=True,
         tasks=Tasks("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+        strength_steps="all",
         guidance="embedded",
     ),
     "StableDiffusion3Pipeline": Family(
@@ -138,6 +141,7 @@ FAMILIES: dict[str, Family] = {
         default_guidance=7.0,
         components=_TWO_ENCODERS,
         tasks=Tasks("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+        strength_steps="up",
         encoded=("tokens", None, "pooled"),
         arguments=_POOLED,
         windows={"tokenizer_3": 256, "tokenizer": 77, "tokenizer_2": 77},
@@ -152,6 +156,7 @@ FAMILIES: dict[str, Family] = {
         components=_TWO_ENCODERS,
         device_dtype=torch.bfloat16,
         tasks=Tasks("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+        strength_steps="up",
         encoded=("tokens", "pooled"),
         arguments=_POOLED,
         windows={"tokenizer_2": 512, "tokenizer": 77},
@@ -169,6 +174,7 @@ FAMILIES: dict[str, Family] = {
         device_dtype=torch.bfloat16,
         # Its picture-to-picture pipeline is the inpainting one, with everything to be painted.
         tasks=Tasks("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinInpaintPipeline"),
+        strength_steps="up",
         encoded=("tokens",),
         windows={"tokenizer": 512},
         latents="patched",
@@ -184,6 +190,7 @@ FAMILIES: dict[str, Family] = {
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
         tasks=Tasks("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+        strength_steps="up",
         encoded=("tokens", "mask"),
         arguments={"tokens": "prompt_embeds", "mask": "prompt_embeds_mask"},
         windows={"tokenizer": 1024},
@@ -199,6 +206,7 @@ FAMILIES: dict[str, Family] = {
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
         tasks=Tasks("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+        strength_steps="up",
         encoded=("tokens",),
         windows={"tokenizer": 512},
         listed=True,
@@ -228,6 +236,7 @@ FAMILIES: dict[str, Family] = {
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
         tasks=Tasks("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
+        strength_steps="up",
         encoded=("tokens", "mask"),
         arguments=_MASKED,
         windows={"tokenizer": 300},

@@ -1,8 +1,10 @@
 """FusedConditioning -> pictures: a few denoising steps, then the decoder."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +42,7 @@ def generate(
     image: Tensor | None = None,
     mask: Tensor | None = None,
     strength: float = 1.0,
+    sigmas: Sequence[float] | None = None,
     on_step: OnStep | None = None,
 ) -> Pictures:
     """``batch_size`` pictures for each entry of the conditioning's batch, or the image's, in that order.
@@ -48,7 +51,8 @@ def generate(
     noise that words alone start from is the same on every device. guidance_scale above 1 steers away from the negative
     prompt (arXiv 2207.12598) at twice the work; a distilled model takes it as a number at no cost.
     image: (B, 3, H, W) in 0..1 to draw from, cut to the frame; mask: (B or 1, H, W) in 0..1, 1 where it is drawn anew,
-    and elsewhere the image is kept to the pixel; strength: 0..1, the share of the steps that are taken.
+    and elsewhere the image is kept to the pixel; strength: 0..1, the share of the steps that are taken, at least one.
+    sigmas: a host's schedule, from high to low, to walk along by Euler's method in place of the model's own steps.
     on_step(step, total, preview) is called after each step; preview() decodes what there is to RGB (3, h, w) in 0..1,
     and an exception raised there stops the run within a step. Sizes that the model cannot make are rounded, or the
     picture resized, and a notice says so. Raises ValueError on numbers out of range, a condition of another model's
@@ -57,6 +61,9 @@ def generate(
     """
     _check_numbers(num_inference_steps, guidance_scale, width, height, batch_size, strength)
     _check_space(checkpoint, conditioning)
+    if sigmas is not None:
+        _check_sigmas(checkpoint, sigmas, image)
+        num_inference_steps = len(sigmas) - 1
     frame = frame_for(checkpoint.family, width, height, from_picture=image is not None)
     source, told = _source(checkpoint, frame, image, mask, strength, num_inference_steps)
     conditioning, source = _together(conditioning, source, batch_size)
@@ -64,7 +71,7 @@ def generate(
     def attempt() -> tuple[Pictures, Tensor]:
         started = time.perf_counter()
         latents = _draw(
-            cache, checkpoint, conditioning, source, frame, seed, num_inference_steps, guidance_scale, on_step
+            cache, checkpoint, conditioning, source, frame, seed, num_inference_steps, guidance_scale, sigmas, on_step
         )
         denoised = time.perf_counter()
         pixels, alpha, told_too = _decode(cache, checkpoint, latents)
@@ -99,6 +106,7 @@ def _draw(
     seed: int,
     num_inference_steps: int,
     guidance_scale: float,
+    sigmas: Sequence[float] | None,
     on_step: OnStep | None,
 ) -> Tensor:
     family = checkpoint.family
@@ -122,6 +130,7 @@ def _draw(
                 guidance_scale=guidance_scale,
                 start_noise=family.start_noise,
                 generators=sources,
+                sigmas=sigmas,
                 on_step=lambda step, total, now: look(step, total, lambda: now),
             )
         else:
@@ -242,9 +251,20 @@ def _source(
         if mask.ndim != 3 or mask.shape[0] not in (1, image.shape[0]):
             raise ValueError(f"expected a mask of shape ({image.shape[0]} or 1, H, W), got {tuple(mask.shape)}")
         mask = fit_to(_unit(mask.unsqueeze(1)), frame.width, frame.height, "crop")
-    least = 1.0001 / steps  # a little more, or rounding down would leave no step
-    told = f"denoise {strength:g} of {steps} steps is less than one; one is taken"
-    return Source(pixels, mask, min(1.0, max(strength, least))), (told,) if strength * steps < 1 else ()
+    told = f"denoise {strength:g} of {steps} steps is less than half of one; one is taken"
+    return Source(pixels, mask, strength), (told,) if round(strength * steps) == 0 else ()
+
+
+def _check_sigmas(checkpoint: Checkpoint, sigmas: Sequence[float], image: Tensor | None) -> None:
+    """For the host's schedules, which its own samplers of Stable Diffusion walk along."""
+    if not checkpoint.family.own_sampler or checkpoint.has("fusion"):
+        raise ValueError(f"expected no sigmas for {checkpoint.family.name}, which has steps of its own, got some")
+    if image is not None:
+        raise ValueError("expected sigmas to draw along or an image to draw from, got both")
+    falling = all(high > low >= 0 for high, low in pairwise(sigmas))
+    if not 2 <= len(sigmas) <= MOST_STEPS + 1 or not falling or not math.isfinite(sigmas[0]):
+        quoted = ", ".join(f"{sigma:g}" for sigma in sigmas[:6])
+        raise ValueError(f"expected 2 to {MOST_STEPS + 1} falling sigmas, got {len(sigmas)}: {quoted}")
 
 
 def _check_channels(checkpoint: Checkpoint, unet: Any) -> None:

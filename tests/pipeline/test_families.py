@@ -1,0 +1,368 @@
+"""Every family end to end on diffusers' real classes at tiny sizes: words, a picture, and a mask become pictures."""
+
+import shutil
+from collections.abc import Callable
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.conditioning import FusedConditioning, Pictures
+from pipeline.diffusers_generation import draw
+from pipeline.families import FAMILIES
+from pipeline.fusion import fuse
+from pipeline.generation import generate
+from pipeline.model_cache import ModelCache
+from pipeline.residency import OutOfDeviceMemory, TorchResidency
+from pipeline.text_encoder import encode_prompt
+
+from .family_folders import FAMILY_FOLDERS, save_family
+from .folders import edit_index
+
+FRAME: dict[str, Any] = {"width": 96, "height": 64, "num_inference_steps": 3}
+CLOSE = 1e-4
+NAMES = list(FAMILY_FOLDERS)
+TASKS = {name: FAMILIES[pipeline].tasks for name, (pipeline, _) in FAMILY_FOLDERS.items()}
+FROM_PICTURE = [name for name, tasks in TASKS.items() if tasks and tasks.image_to_image]
+INPAINT = [name for name, tasks in TASKS.items() if tasks and tasks.inpaint]
+WORDS_ONLY = [name for name in NAMES if name not in INPAINT]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    root = tmp_path_factory.mktemp("families")
+
+    @once
+    def opened(name: str) -> Checkpoint:
+        return open_checkpoint(save_family(name, root / name))
+
+    return opened
+
+
+def condition(warm: ModelCache, checkpoint: Checkpoint, prompt: str = "a red rose") -> FusedConditioning:
+    return fuse(warm, checkpoint, encode_prompt(warm, checkpoint, prompt, "a blue car"), None)
+
+
+def picture(seed: int = 0) -> torch.Tensor:
+    return torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(seed))
+
+
+def right_half() -> torch.Tensor:
+    mask = torch.zeros(1, 64, 96)
+    mask[..., 48:] = 1
+    return mask
+
+
+def framed(**changes: Any) -> dict[str, Any]:
+    return FRAME | changes
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, atol=CLOSE)
+
+
+def pins(cache: ModelCache) -> int:
+    return sum(entry.pins for entry in cache.stats().entries)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_become_pictures(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    words, steps = condition(warm, checkpoint), []
+
+    def on_step(step: int, total: int, preview: Callable[[], torch.Tensor]) -> None:
+        steps.append((step, total))
+        assert preview().shape == (3, 64, 96)
+
+    batch = generate(warm, checkpoint, words, seed=5, batch_size=2, guidance_scale=3.0, on_step=on_step, **FRAME)
+    single = generate(warm, checkpoint, words, seed=6, guidance_scale=3.0, **FRAME)
+    assert batch.pixels.shape == (2, 3, 64, 96) and batch.alpha.eq(1).all()
+    assert steps == [(number + 1, len(steps)) for number in range(len(steps))] and len(steps) >= 3
+    assert same(batch.pixels[1], single.pixels[0])
+    assert not same(batch.pixels[0], batch.pixels[1])
+    other = generate(warm, checkpoint, condition(warm, checkpoint, "a blue car"), seed=6, guidance_scale=3.0, **FRAME)
+    assert not torch.allclose(other.pixels, single.pixels, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guidance_reaches_the_model(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    words = condition(warm, checkpoint)
+    plain, steered = (
+        generate(warm, checkpoint, words, seed=5, guidance_scale=scale, **FRAME).pixels for scale in (1.0, 6.0)
+    )
+    if name == "flux_schnell":  # distilled without it
+        assert torch.equal(plain, steered)
+    else:
+        assert not torch.allclose(plain, steered, atol=1e-6)
+    assert (words.negative is not None) == checkpoint.family.takes_negative
+
+
+@pytest.mark.parametrize("name", FROM_PICTURE)
+def test_a_picture_becomes_another(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    words, steps = condition(warm, checkpoint), []
+    options: dict[str, Any] = {"image": picture(), "strength": 0.7, "guidance_scale": 3.0, **FRAME}
+    batch = generate(
+        warm, checkpoint, words, seed=5, batch_size=2, on_step=lambda step, total, _: steps.append(total), **options
+    )
+    single = generate(warm, checkpoint, words, seed=6, **options)
+    assert batch.pixels.shape == (2, 3, 64, 96)
+    assert len(steps) == (3 if name in ("lcm", "sd15") else 2) and set(steps) == {len(steps)}
+    assert same(batch.pixels[1], single.pixels[0]) and not same(batch.pixels[0], batch.pixels[1])
+    other = generate(warm, checkpoint, words, seed=6, **framed(**options | {"image": picture(1)}))
+    assert not same(other.pixels, single.pixels)
+
+
+@pytest.mark.parametrize("name", INPAINT)
+def test_only_what_the_mask_covers_is_drawn_anew(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    options: dict[str, Any] = {"image": picture(), "mask": right_half(), "strength": 1.0, **FRAME}
+    words = condition(warm, checkpoint)
+    batch = generate(warm, checkpoint, words, seed=5, batch_size=2, **options)
+    single = generate(warm, checkpoint, words, seed=6, **options)
+    assert same(batch.pixels[1], single.pixels[0])
+    assert torch.equal(batch.pixels[..., :48], picture().expand(2, -1, -1, -1)[..., :48])
+    assert not same(batch.pixels[..., 48:], picture()[..., 48:])
+    assert not same(batch.pixels[0], batch.pixels[1])
+
+
+@pytest.mark.parametrize("name", WORDS_ONLY)
+def test_a_task_that_diffusers_has_not_is_refused(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    words = condition(warm, checkpoint)
+    if name not in FROM_PICTURE:
+        with pytest.raises(ValueError, match=f"{checkpoint.family.name}, since diffusers has no image-to-image"):
+            generate(warm, checkpoint, words, seed=0, image=picture(), **FRAME)
+    with pytest.raises(ValueError, match=f"{checkpoint.family.name}, since diffusers has no inpainting"):
+        generate(warm, checkpoint, words, seed=0, image=picture(), mask=right_half(), **FRAME)
+    assert pins(warm) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_interrupt_in_the_first_step_leaves_nothing(
+    warm: ModelCache, family: Callable[[str], Checkpoint], name: str
+):
+    checkpoint = family(name)
+    words = condition(warm, checkpoint)
+    before = generate(warm, checkpoint, words, seed=3, **FRAME)
+
+    def stop(step: int, total: int, preview: object) -> None:
+        assert step == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(warm, checkpoint, words, seed=3, on_step=stop, **FRAME)
+    assert pins(warm) == 0
+    assert torch.equal(before.pixels, generate(warm, checkpoint, words, seed=3, **FRAME).pixels)
+
+
+# --- text ---
+
+LONG = "a red rose and a blue car, " * 60
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_prompt_is_joined_or_what_is_dropped_is_quoted(
+    warm: ModelCache, family: Callable[[str], Checkpoint], name: str
+):
+    checkpoint = family(name)
+    short, long = (encode_prompt(warm, checkpoint, text) for text in ("a red rose", LONG))
+    joins = checkpoint.family.joins_windows or checkpoint.family.pads_to_window
+    assert (long.tokens.shape[1] > 2 * short.tokens.shape[1]) == joins or name in ("qwen_image", "z_image")
+    assert any(("windows of" if joins else "not heard by it: '") in notice for notice in long.notices)
+    if long.negative is not None and name not in ("qwen_image", "z_image"):
+        assert long.negative.tokens.shape == long.tokens.shape
+    assert not any("windows" in notice or "heard" in notice for notice in short.notices)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart_sigma", "kolors", "sana"])
+def test_a_long_prompt_is_drawn(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    drawn = generate(warm, checkpoint, condition(warm, checkpoint, LONG), seed=0, guidance_scale=3.0, **FRAME)
+    assert drawn.pixels.shape == (1, 3, 64, 96)
+
+
+def test_a_weight_is_a_share_of_the_way_from_nothing(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    checkpoint = family("sd15")
+    nothing, plain, none, twice = (
+        encode_prompt(warm, checkpoint, text).tokens for text in ("", "red", "(red:0)", "(red:2)")
+    )
+    assert same(none[:, 1:4], nothing[:, 1:4])  # a letter is a token here
+    assert same(twice[:, 1:4], nothing[:, 1:4] + 2 * (plain[:, 1:4] - nothing[:, 1:4]))
+    assert same(twice[:, 4:], plain[:, 4:]) and not same(twice, plain)
+    assert torch.equal(encode_prompt(warm, checkpoint, "(red:1.0)").tokens, plain)
+
+
+def test_escaped_brackets_are_heard(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    checkpoint = family("sd15")
+    escaped, plain = (encode_prompt(warm, checkpoint, text).tokens for text in (r"\(red\)", "red"))
+    assert not torch.equal(escaped, plain)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not FAMILIES[FAMILY_FOLDERS[name][0]].pads_to_window])
+def test_an_encoder_without_weights_says_so(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    weighted, plain = (encode_prompt(warm, checkpoint, text) for text in ("a (red:1.3) rose", "a red rose"))
+    assert torch.equal(weighted.tokens, plain.tokens)
+    assert any("no weighted phrases" in notice for notice in weighted.notices) and not plain.notices
+
+
+def test_sdxl_hears_zeros_where_nothing_is_asked_for(warm: ModelCache, tmp_path: Path):
+    folder = save_family("sdxl", tmp_path / "xl")
+    for forced in (True, False):
+        edit_index(folder, force_zeros_for_empty_prompt=forced)
+        empty = encode_prompt(warm, open_checkpoint(folder), "rose").negative
+        assert empty is not None and empty.pooled is not None
+        assert (not empty.tokens.any() and not empty.pooled.any()) == forced
+
+
+def test_stable_diffusion_3_does_without_its_largest_encoder(warm: ModelCache, tmp_path: Path):
+    folder = save_family("sd3", tmp_path / "sd3")
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / part)
+    edit_index(folder, text_encoder_3=[None, None], tokenizer_3=[None, None])
+    checkpoint = open_checkpoint(folder)
+    words = condition(warm, checkpoint)
+    assert words.tokens.shape == (1, 77 + 256, 32) and not words.tokens[:, 77:].any()
+    assert generate(warm, checkpoint, words, seed=0, **FRAME).pixels.shape == (1, 3, 64, 96)
+
+
+# --- what goes wrong ---
+
+
+def test_our_sampler_is_the_pipeline_of_diffusers(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    for name in ("sd15", "sd2", "sd_turbo"):
+        checkpoint = family(name)
+        words = condition(warm, checkpoint)
+        ours = generate(warm, checkpoint, words, seed=5, guidance_scale=4.0, **FRAME).latents
+        with checkpoint.use(warm, "unet") as unet, checkpoint.use(warm, "vae") as vae, torch.inference_mode():
+            theirs = draw(
+                checkpoint,
+                unet,
+                vae,
+                words,
+                seed=5,
+                guidance_scale=4.0,
+                source=None,
+                on_step=lambda step, total, latents: None,
+                **FRAME,
+            )
+        assert ours is not None and same(ours, theirs)
+
+
+def run_out_of_memory(largest: int) -> Callable[..., None]:
+    """A hook before a real module: it raises as a device does, for inputs of more than ``largest`` a side."""
+
+    def hook(module: torch.nn.Module, values: tuple[torch.Tensor, ...]) -> None:
+        if max(values[0].shape[-2:]) > largest:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    return hook
+
+
+def test_out_of_memory_in_decoding_is_tried_once_in_tiles(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    checkpoint = family("sd15")
+    words = condition(warm, checkpoint)
+    with checkpoint.use(warm, "vae") as vae:
+        tile = vae.tile_latent_min_size
+        hook = vae.decoder.register_forward_pre_hook(run_out_of_memory(tile))
+    try:
+        drawn = generate(warm, checkpoint, words, seed=0, batch_size=2, **FRAME)
+        assert drawn.pixels.shape == (2, 3, 64, 96)
+        assert any("in tiles" in notice for notice in drawn.notices) and not vae.use_tiling
+        hook.remove()
+        hook = vae.decoder.register_forward_pre_hook(run_out_of_memory(0))
+        with pytest.raises(OutOfDeviceMemory, match="1 of 96x64 did not fit into memory while they were drawn"):
+            generate(warm, checkpoint, words, seed=0, **FRAME)
+        assert not vae.use_tiling and pins(warm) == 0
+    finally:
+        hook.remove()
+    assert not any("in tiles" in notice for notice in generate(warm, checkpoint, words, seed=0, **FRAME).notices)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux_dev", "sana"])
+def test_out_of_memory_in_denoising_is_said_and_passes(
+    warm: ModelCache, family: Callable[[str], Checkpoint], name: str
+):
+    checkpoint = family(name)
+    words = condition(warm, checkpoint)
+    before = generate(warm, checkpoint, words, seed=0, **FRAME)
+    with checkpoint.use(warm, "unet" if checkpoint.has("unet") else "transformer") as denoiser:
+        first = next(module for module in denoiser.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear))
+        hook = first.register_forward_pre_hook(run_out_of_memory(0))
+    with pytest.raises(OutOfDeviceMemory, match=r"did not fit into memory.*tried to allocate 9 GiB"):
+        generate(warm, checkpoint, words, seed=0, **FRAME)
+    hook.remove()
+    assert pins(warm) == 0
+    assert torch.equal(generate(warm, checkpoint, words, seed=0, **FRAME).pixels, before.pixels)
+
+
+def test_latents_that_are_no_numbers_make_no_picture(warm: ModelCache, tmp_path: Path):
+    checkpoint = open_checkpoint(save_family("flux_schnell", tmp_path / "broken"))
+    words = condition(warm, checkpoint)
+    with checkpoint.use(warm, "transformer") as denoiser, torch.no_grad():
+        denoiser.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="broken: denoising gave values that are no numbers"):
+        generate(warm, checkpoint, words, seed=0, **FRAME)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strength": 1.5}, "denoise must be 0 to 1, got 1.5"),
+        ({"mask": right_half()}, "expected a picture for the mask, got a mask alone"),
+        ({"image": torch.rand(3, 64, 96)}, r"expected a picture of shape \(B, 3, H, W\), got \(3, 64, 96\)"),
+        ({"image": picture() * torch.nan}, "found NaN or infinity"),
+        ({"image": picture(), "mask": torch.ones(3, 64, 96)}, r"a mask of shape \(1 or 1, H, W\), got \(3, 64, 96\)"),
+        ({"width": 0}, "width must be 16 to 4096, got 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_read(
+    warm: ModelCache, family: Callable[[str], Checkpoint], options: dict[str, Any], said: str
+):
+    checkpoint = family("sd15")
+    empty = ModelCache(TorchResidency("cpu"), 2**30)
+    with pytest.raises(ValueError, match=said):
+        generate(empty, checkpoint, condition(warm, checkpoint), seed=0, **framed(**options))
+    assert empty.stats().entries == ()
+
+
+def test_pictures_and_conditions_meet_or_are_refused(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    checkpoint = family("sd15")
+    words = condition(warm, checkpoint)
+    three = torch.cat([picture(seed) for seed in range(3)])
+
+    def drawn(image: torch.Tensor, seed: int) -> Pictures:
+        return generate(warm, checkpoint, words, seed=seed, image=image, strength=0.7, **FRAME)
+
+    assert same(drawn(three, 4).pixels[2], drawn(three[2:], 6).pixels[0])
+    pair = FusedConditioning(words.tokens.repeat(2, 1, 1), None, words.mask.repeat(2, 1), words.space)
+    with pytest.raises(ValueError, match="got 3 pictures and 2 conditions"):
+        generate(warm, checkpoint, pair, seed=0, image=three, **FRAME)
+
+
+def test_a_little_strength_is_one_step(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    for name in ("sd_turbo", "flux_dev", "sana_sprint"):
+        checkpoint, steps = family(name), []
+        drawn = generate(
+            warm,
+            checkpoint,
+            condition(warm, checkpoint),
+            seed=0,
+            image=picture(),
+            strength=0.0,
+            on_step=lambda step, total, _, steps=steps: steps.append(total),
+            **FRAME,
+        )
+        assert steps == [1] and any("one is taken" in notice for notice in drawn.notices), name
+
+
+def test_sizes_of_a_family_are_rounded_and_told(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    checkpoint = family("sana")
+    drawn = generate(warm, checkpoint, condition(warm, checkpoint), seed=0, **framed(width=100, height=60))
+    assert drawn.pixels.shape == (1, 3, 64, 96)
+    assert any("100x60 rounded to 96x64, multiples of 32" in notice for notice in drawn.notices)
