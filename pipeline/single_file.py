@@ -4,6 +4,7 @@ Read from the headers alone. The configurations and tokenizers that such files l
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ _ENCODER_PREFIXES = (
     "conditioner.embedders.1.model.",
     "",
 )
-_NAMES_SHOWN = 4
+_GROUPS_SHOWN, _NAMES_SHOWN = 4, 2
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def _form(class_name: str, config: Mapping[str, Any], entries: Mapping[str, Tens
         return "as_is" if same_words and is_shaped("shared.weight", 1, config["d_model"]) else None
     if class_name.startswith("Qwen"):
         text = config.get("text_config", config)
-        return "as_is" if is_shaped("model.embed_tokens.weight", 1, text["hidden_size"]) else None
+        places = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+        return "as_is" if any(is_shaped(name, 1, text["hidden_size"]) for name in places) else None
     if class_name == "AutoencoderKLQwenImage":
         return "wan_vae" if is_shaped("decoder.conv1.weight", 1, config["z_dim"]) else None
     if is_shaped("decoder.conv_in.weight", 1, config.get("latent_channels", 0)):
@@ -204,5 +206,7 @@ def _in_words(file: WeightsFile) -> str:
     """For an error: what a header lists, shortly."""
     if any(".lora_" in name or ".lora." in name or "lora_A" in name for name in file.entries):
         return f"Its header lists {file.tensors} tensors of a LoRA, which changes a model and is none"
+    groups = Counter(re.match(r"[^.]*(\.diffusion_model)?", name)[0] for name in file.entries)  # type: ignore[index]
+    counted = ", ".join(f"{number} of {group}" for group, number in groups.most_common(_GROUPS_SHOWN))
     some = [f"{name} {list(entry.shape)}" for name, entry in list(file.entries.items())[:_NAMES_SHOWN]]
-    return f"Its header lists {file.tensors} tensors: {shown(', '.join(some))}"
+    return f"Its header lists {file.tensors} tensors, {shown(counted)}, such as {shown('; '.join(some))}"

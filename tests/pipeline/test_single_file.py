@@ -1,14 +1,22 @@
 """Models in single files: what the loader converts is what the diffusers folder of the same weights holds."""
 
+import functools
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from pipeline.components import Component
 from pipeline.model_cache import ModelCache
+from pipeline.single_file import CONFIGS, fitting_files
+from pipeline.single_file_weights import CONVERTERS
 from tests.pipeline import single_files as layouts
 from tests.pipeline.family_folders import save_family
 from tests.pipeline.single_files import stored, write
@@ -88,10 +96,11 @@ def _apart(folder: Path, path: Path, transformer: Callable, vae: Callable, prefi
 
 def in_models(tensors: layouts.Tensors, config: dict) -> layouts.Tensors:
     """As language models are published: everything but the head, and the eyes, under model."""
-    return {
-        name if name.startswith(("model.", "lm_head.", "visual.")) else f"model.{name}": tensor
-        for name, tensor in tensors.items()
-    }
+    written = {}
+    for name, tensor in tensors.items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        written[name if name.startswith(("model.", "lm_head.", "visual.")) else f"model.{name}"] = tensor
+    return written
 
 
 WRITERS: dict[str, Callable[[Path, Path], list[Path]]] = {
@@ -130,3 +139,280 @@ def test_a_single_file_holds_what_its_folder_holds(tmp_path: Path, cache: ModelC
             assert not any(tensor.is_meta for tensor in (*theirs.parameters(), *theirs.buffers()))
     assert single.scheduler().config == folder.scheduler().config
     assert single.tokenizer()("a red rose")["input_ids"] == folder.tokenizer()("a red rose")["input_ids"]
+
+
+def test_the_denoiser_draws_what_its_folder_draws(tmp_path: Path, cache: ModelCache):
+    folder, single = opened("sd15", tmp_path)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), folder.use(cache, "unet") as ours, single.use(cache, "unet") as theirs:
+        expected = ours(latents, 500, encoder_hidden_states=tokens).sample
+        assert torch.equal(theirs(latents, 500, encoder_hidden_states=tokens).sample, expected)
+
+
+def test_a_component_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save_family("sd15", tmp_path / "folder")
+    single = open_checkpoint(stable_diffusion(folder, tmp_path / "sd15.safetensors")[0], config=folder)
+    read: list[str] = []
+
+    class Recorded:
+        """The real file, with a note of what is asked for."""
+
+        def __init__(self, *arguments, **options):
+            self.file = safe_open(*arguments, **options)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *raised):
+            return self.file.__exit__(*raised)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr("pipeline.single_file_weights.safe_open", Recorded)
+    single.build("vae")
+    assert read and all(name.startswith(VAE) for name in read)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sdxl", "z_image"])
+def test_a_dtype_can_be_chosen(tmp_path: Path, name: str, dtype: torch.dtype):
+    folder, single = opened(name, tmp_path)
+    for component, expected in folder.components.items():
+        if expected.weights:
+            ours, theirs = folder.build(component, dtype), single.build(component, dtype)
+            for (key, tensor), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+                assert tensor.dtype == other.dtype and torch.equal(tensor, other), f"{component}: {key}"
+            tables = dict(theirs.named_buffers())
+            for key, buffer in ours.named_buffers():
+                assert buffer.dtype == tables[key].dtype and torch.equal(buffer, tables[key]), f"{component}: {key}"
+
+
+def test_a_file_overwritten_in_place_leaves_the_loaded_model_alone(tmp_path: Path):
+    _, single = opened("sd15", tmp_path)
+    model = single.build("unet")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = single.components["unet"].weights[0]
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    os.truncate(path, 0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale"])
+def test_scaled_8_bit_weights_are_multiplied_out(tmp_path: Path, scale_name: str):
+    folder = save_family("z_image", tmp_path / "folder")
+    path, *further = z_image(folder, tmp_path / "z.safetensors")
+    weights, expected = load_file(path), {}
+    for name, tensor in list(weights.items()):
+        if name.endswith("feed_forward.w1.weight"):
+            scale = tensor.abs().max() / 448
+            small = (tensor / scale).to(torch.float8_e4m3fn)
+            weights[name], weights[name.replace("weight", scale_name)] = small, scale
+            expected[name.removeprefix(UNET)] = small.float() * scale
+    weights["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file(weights, path, metadata={"format": "pt"})
+    built = open_checkpoint(path, further, config=folder).build("transformer").state_dict()
+    assert len(expected) == 3
+    for name, tensor in expected.items():
+        assert torch.equal(built[name], tensor)
+    weights["layers.0.feed_forward.w1.weight"] = torch.zeros(4, 4, dtype=torch.uint8)
+    save_file({UNET + "layers.9.x.weight": torch.zeros(4, 4, dtype=torch.uint8), **weights}, path)
+    with pytest.raises(CheckpointError, match=r"found the quantised .*layers\.9\.x\.weight"):
+        open_checkpoint(path, further, config=folder).build("transformer")
+
+
+# --- what is refused ---
+
+
+def refused(path: Path, *parts: str, further: tuple[Path, ...] = (), config: Path | None = None) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(path, further, config)
+    for part in (str(path.parent), *parts):
+        assert part in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_file_that_lacks_parts_names_them_and_where_they_belong(tmp_path: Path):
+    path = header_only(tmp_path / "flux1-dev.safetensors", full_size("flux", "transformer", ""))
+    refused(
+        path,
+        "is of FLUX.1 and holds transformer",
+        "text_encoder (CLIPTextModel), usually clip_l.safetensors in models/text_encoders",
+        "text_encoder_2 (T5EncoderModel), usually t5xxl_fp16.safetensors in models/text_encoders",
+        "vae (AutoencoderKL), usually ae.safetensors in models/vae",
+    )
+    t5 = header_only(tmp_path / "t5xxl.safetensors", full_size("flux", "text_encoder_2", ""))
+    clip = header_only(tmp_path / "clip.safetensors", full_size("flux", "text_encoder", ""))
+    ae = header_only(tmp_path / "ae.safetensors", full_size("flux", "vae", ""))
+    checkpoint = open_checkpoint(path, (t5, ae, clip))
+    assert {name: part.weights[0] for name, part in checkpoint.components.items() if part.weights} == {
+        "transformer": path,
+        "text_encoder": clip,
+        "text_encoder_2": t5,
+        "vae": ae,
+    }
+    unfit = header_only(tmp_path / "clip_g.safetensors", full_size("sdxl", "text_encoder_2", "", layouts.clip))
+    refused(path, str(unfit), "holds nothing that flux1-dev.safetensors", further=(t5, ae, clip, unfit))
+    assert fitting_files(path, [clip, unfit, ae, t5]) == {"text_encoder": [clip], "text_encoder_2": [t5], "vae": [ae]}
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+        (["distilled_guidance_layer.in_proj.bias"], "Chroma"),
+        (["attention_y_norm.weight", "y_embedder.y_proj.fc1.weight"], "Sana in one file"),
+        (["decoder.conv_in.weight", "encoder.conv_in.weight"], "a VAE alone"),
+        (["text_model.embeddings.token_embedding.weight"], "a CLIP text encoder alone"),
+        (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder alone"),
+        (["lora_unet_down_blocks_0.lora_down.weight"], "tensors of a LoRA"),
+        (["something.else.weight"], "something.else.weight [2, 3]"),
+    ],
+)
+def test_a_file_of_no_family_is_refused_with_what_it_holds(tmp_path: Path, names: list[str], told: str):
+    path = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(2, 3) for name in names}, path)
+    refused(path, told, f"{len(names)} tensors")
+
+
+def test_a_unet_of_another_width_is_of_no_family(tmp_path: Path):
+    folder = save_family("sd15", tmp_path / "folder")
+    path = stable_diffusion(folder, tmp_path / "sd15.safetensors")[0]
+    refused(path, "expected the denoiser of", "Stable Diffusion", "of model.diffusion_model")
+    refused(path, "expected the denoiser of", config=save_family("z_image", tmp_path / "other"))
+
+
+def test_files_that_are_no_weights(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    refused(path, "no such file")
+    for content, told in ((b"<!DOCTYPE html>", "a web page"), (b"PK\x03\x04" + bytes(99), "a zip archive")):
+        path.write_bytes(content)
+        refused(path, told)
+    folder = save_family("sd15", tmp_path / "folder")
+    whole = stable_diffusion(folder, tmp_path / "sd15.safetensors")[0]
+    refused(whole, str(path), "a zip archive", further=(path,), config=folder)
+
+
+def test_weights_that_lack_a_tensor_leave_nothing_in_the_cache(tmp_path: Path, cache: ModelCache):
+    folder = save_family("sd15", tmp_path / "folder")
+    path = stable_diffusion(folder, tmp_path / "sd15.safetensors")[0]
+    weights = load_file(path)
+    del weights[f"{UNET}middle_block.0.in_layers.2.bias"]
+    weights[f"{VAE}decoder.conv_out.bias"] = torch.zeros(5)
+    save_file(weights, path)
+    checkpoint = open_checkpoint(path, config=folder)
+    for component, told in (("unet", "mid_block.resnets.0.conv1.bias"), ("vae", "decoder.conv_out.bias")):
+        expected = f"1 are missing or of another shape, the first being {told}"
+        with pytest.raises(CheckpointError, match=expected), checkpoint.use(cache, component):
+            pass
+    assert cache.stats().entries == ()
+
+
+# --- the configurations that ship, at their full size: shapes alone, in headers of files that have no bytes on disk ---
+
+# (layout, component): parameters, as published
+PARAMETERS = {
+    ("sd15", "unet"): 859_520_964,
+    ("sd15", "vae"): 83_653_863,
+    ("sd15", "text_encoder"): 123_060_480,
+    ("sd2", "unet"): 865_910_724,
+    ("sd2", "text_encoder"): 340_387_840,
+    ("sdxl", "unet"): 2_567_463_684,
+    ("sdxl", "text_encoder_2"): 694_659_840,
+    ("flux", "transformer"): 11_901_408_320,
+    ("flux", "text_encoder_2"): 4_762_310_656,
+    ("qwen_image", "transformer"): 20_430_401_088,
+    ("qwen_image", "vae"): 126_892_531,
+    ("z_image", "transformer"): 6_154_908_736,
+}
+DENOISERS: dict[str, Callable] = {
+    "sd15": layouts.ldm_unet,
+    "lcm": layouts.ldm_unet,
+    "sd2": layouts.ldm_unet,
+    "sdxl": layouts.ldm_unet,
+    "sd3": layouts.sd3,
+    "flux": layouts.flux,
+    "flux2_klein_4b": layouts.flux2,
+    "flux2_klein_9b": layouts.flux2,
+    "qwen_image": layouts.as_is,
+    "z_image": layouts.z_image,
+}
+
+
+@functools.cache
+def module_on_meta(layout: str, component: str) -> torch.nn.Module:
+    entry = json.loads((CONFIGS / layout / "model_index.json").read_text())[component]
+    config = json.loads((CONFIGS / layout / component / "config.json").read_text())
+    model = Component(component, entry[0], entry[1], CONFIGS).load_class()
+    with torch.device("meta"):
+        if entry[0] == "transformers":
+            return model(model.config_class.from_dict(config))
+        return model.from_config(config)
+
+
+def full_size(layout: str, component: str, prefix: str, write: Callable | None = None) -> dict[str, torch.Tensor]:
+    config = json.loads((CONFIGS / layout / component / "config.json").read_text())
+    if component in ("unet", "transformer"):
+        write = DENOISERS[layout]
+    elif component == "vae":
+        write = layouts.wan_vae if layout == "qwen_image" else layouts.ldm_vae
+    elif write is None:
+        write = layouts.clip if "num_attention_heads" in config and "vocab_size" in config else layouts.as_is
+        write = in_models if "qwen" in config["model_type"] else write
+    written = write(module_on_meta(layout, component).state_dict(), config)
+    return {f"{prefix}{name}": tensor for name, tensor in written.items()}
+
+
+def header_only(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A file of the right length, none of which takes room on disk, with a true header."""
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": "F16",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end := end + 2 * tensor.numel()],
+        }
+    header = json.dumps(entries).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return path
+
+
+@pytest.mark.parametrize(("layout", "component"), PARAMETERS)
+def test_a_configuration_makes_a_network_of_the_published_size(layout: str, component: str):
+    parameters = module_on_meta(layout, component).parameters()
+    assert sum(parameter.numel() for parameter in parameters) == PARAMETERS[layout, component]
+
+
+@pytest.mark.parametrize("layout", DENOISERS)
+def test_a_file_of_full_size_is_known_by_its_header_and_fits_what_ships(tmp_path: Path, layout: str):
+    denoiser = "unet" if (CONFIGS / layout / "unet").is_dir() else "transformer"
+    path = header_only(tmp_path / "model.safetensors", full_size(layout, denoiser, UNET))
+    index = json.loads((CONFIGS / layout / "model_index.json").read_text())
+    others = [name for name in index if name == "vae" or name.startswith("text_encoder")]
+    further = [header_only(tmp_path / f"{name}.safetensors", full_size(layout, name, "")) for name in others]
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(path, further)
+    assert time.perf_counter() - started < 5
+    assert checkpoint.index.parent.name == layout
+    assert {name: checkpoint.components[name].weights[0].stem for name in others} == {name: name for name in others}
+    for component in (denoiser, "vae"):
+        part = checkpoint.components[component]
+        config = json.loads(part.config.read_text()) | dict(part.options)
+        prefix = part.prefix
+        tensors = {name.removeprefix(prefix): each for name, each in full_size(layout, component, prefix).items()}
+        converted = CONVERTERS[part.form](tensors, config)
+        wanted = module_on_meta(layout, component).state_dict()
+        assert {name: tensor.shape for name, tensor in wanted.items()} == {
+            name: tensor.shape for name, tensor in converted.items() if name in wanted
+        }
+    for name in checkpoint.components:
+        if name.startswith("tokenizer"):
+            assert checkpoint.tokenizer(name)("a red rose, 1990", truncation=True)["input_ids"]
+    assert checkpoint.scheduler().config.num_train_timesteps == 1000
