@@ -51,6 +51,12 @@ class DuetGenerate(io.ComfyNode):
                 io.Int.Input("width", default=512, min=16, max=4096, tooltip="Width of the picture, in pixels."),
                 io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the picture, in pixels."),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to draw at once."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="A schedule of the host, such as Basic Scheduler's, to walk along by Euler's method. It "
+                    "takes the place of steps. For Stable Diffusion.",
+                ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The pictures, RGB, laid over white."),
@@ -63,8 +69,18 @@ class DuetGenerate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, conditioning, seed: int, steps: int, guidance_scale: float, width: int, height: int, batch_size: int
+        cls,
+        model,
+        conditioning,
+        seed: int,
+        steps: int,
+        guidance_scale: float,
+        width: int,
+        height: int,
+        batch_size: int,
+        sigmas=None,
     ):
+        schedule = None if sigmas is None else sigmas.tolist()
         with stage("Generate", "generation") as done:
             pictures = generate(
                 model_cache(),
@@ -76,7 +92,8 @@ class DuetGenerate(io.ComfyNode):
                 width=width,
                 height=height,
                 batch_size=batch_size,
-                on_step=_report(steps),
+                sigmas=schedule,
+                on_step=_report(steps if schedule is None else len(schedule) - 1),
             )
             latent = to_latent(model_cache(), model, pictures.latents)
         image = to_image(over_white(pictures.pixels, pictures.alpha))

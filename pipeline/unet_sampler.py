@@ -1,7 +1,9 @@
 """The pack's own sampler, for the small model and for Stable Diffusion from words alone."""
 
+import importlib
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +23,15 @@ def denoise(
     guidance_scale: float,
     start_noise: float,
     generators: list[torch.Generator],
+    sigmas: Sequence[float] | None = None,
     on_step: Callable[[int, int, Tensor], None],
 ) -> Tensor:
     """Noise (B, C, h, w) -> latents, for a condition of B entries on the same device.
 
     With a grid, the walk starts at the mean picture plus a little noise (arXiv 2310.03725) and the denoiser sees that
     mean in its channels; without one, it starts at noise alone. guidance_scale above 1 steers away from the negative
-    (arXiv 2207.12598). generators: for schedulers that add noise of their own.
+    (arXiv 2207.12598). generators: for schedulers that add noise of their own. sigmas: in place of the scheduler's own
+    steps, for Euler's method, from the first to the last.
     """
     negative = conditioning.negative
     grid = _on_grid(conditioning)
@@ -36,6 +40,9 @@ def denoise(
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         scheduler.set_timesteps(sigmas=sigmas, device=noise.device)
         latents = grid + start_noise * noise
+    elif sigmas is not None:
+        scheduler, start = _along(sigmas, scheduler, noise.device)
+        latents = start * noise
     else:
         scheduler.set_timesteps(num_inference_steps, device=noise.device)
         latents = noise * scheduler.init_noise_sigma
@@ -49,6 +56,23 @@ def denoise(
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **options)[0]
         on_step(number + 1, len(scheduler.timesteps), latents)
     return latents
+
+
+def _along(sigmas: Sequence[float], scheduler: Any, device: torch.device) -> tuple[Any, float]:
+    """Euler's method (arXiv 2206.00364, algorithm 1 without its second order) along a host's sigmas, with the betas of
+    ``scheduler``, and how much noise it starts from, as the host has both.
+
+    The denoiser is told whole timesteps, the nearest. From the very top the start has the variance that it sees there,
+    sqrt(1 + sigma^2); from below it is sigma, for what is to come on top of a picture.
+    """
+    euler_class: Any = importlib.import_module("diffusers").EulerDiscreteScheduler
+    euler = euler_class.from_config(scheduler.config, timestep_type="discrete")
+    top = float(euler.sigmas.max())
+    euler.set_timesteps(sigmas=list(sigmas), device=device)
+    euler.timesteps = euler.timesteps.round()
+    euler.set_begin_index(0)  # else it is looked up by the timestep, of which there may be two alike
+    first = sigmas[0]
+    return euler, math.sqrt(1 + first**2) if first > top or math.isclose(first, top, rel_tol=1e-5) else first
 
 
 def _predict(unet: Any, latents: Tensor, timestep: Tensor, tokens: Tensor, grid: Tensor | None) -> Tensor:

@@ -1,9 +1,13 @@
 """What comes from a host's own nodes, and what goes to them, for every family at its tiny size."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.fusion import fuse
+from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
 from pipeline.stock import (
     condition_width,
@@ -124,3 +128,41 @@ def test_features_lie_on_a_square_without_the_class_token(count: int, side: int)
 def test_features_that_make_no_square_are_refused(count: int):
     with pytest.raises(ValueError, match=f"square picture.*got {count}"):
         image_features_from(torch.zeros(1, count, 8), torch.zeros(1, 4), "vit", "last_hidden_state")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(save_family("sd15", tmp_path_factory.mktemp("along") / "tiny"))
+
+
+@pytest.mark.parametrize("sigmas", [(14.6146, 3.0, 0.5, 0.0), (2.5, 0.7, 0.0)], ids=["from the top", "from below"])
+def test_generate_walks_along_the_sigmas_of_a_host(cache: ModelCache, tiny: Checkpoint, sigmas: tuple[float, ...]):
+    """Against the method written out: x += (next - sigma) * noise, for a denoiser that sees variance 1."""
+    words = fuse(cache, tiny, encode_prompt(cache, tiny, "rose"), None)
+    drawn = generate(cache, tiny, words, seed=3, width=64, height=64, sigmas=sigmas).latents
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = torch.cumprod(1 - betas, dim=0)
+    table = ((1 - kept) / kept).sqrt()
+    assert drawn is not None
+    latents = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(3))
+    latents *= (1 + sigmas[0] ** 2) ** 0.5 if sigmas[0] > 14 else sigmas[0]
+    with tiny.use(cache, "unet") as unet, torch.inference_mode():
+        for sigma, following in pairwise(sigmas):
+            timestep = (table.log() - torch.tensor(sigma).log()).abs().argmin()
+            seen = latents / (1 + sigma**2) ** 0.5
+            predicted = unet(seen, timestep, encoder_hidden_states=words.tokens, return_dict=False)[0]
+            latents = latents + (following - sigma) * predicted
+    torch.testing.assert_close(drawn, latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sigmas", [(), (1.0,), (1.0, 2.0), (1.0, 1.0, 0.0), (float("inf"), 0.0), (1.0, float("nan"))])
+def test_sigmas_that_do_not_fall_are_refused(cache: ModelCache, tiny: Checkpoint, sigmas: tuple[float, ...]):
+    words = fuse(cache, tiny, encode_prompt(cache, tiny, "rose"), None)
+    with pytest.raises(ValueError, match=f"falling sigmas, got {len(sigmas)}"):
+        generate(cache, tiny, words, seed=3, width=64, height=64, sigmas=sigmas)
+
+
+def test_sigmas_are_for_models_that_a_host_samples_so(warm: ModelCache, shipped: Checkpoint):
+    words = fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None)
+    with pytest.raises(ValueError, match="no sigmas for Duet mini"):
+        generate(warm, shipped, words, seed=3, width=64, height=64, sigmas=(1.0, 0.0))
