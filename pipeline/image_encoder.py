@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Checkpoint
 from .conditioning import ImageFeatures, Space
+from .gram import gram_matrix
 from .image_encoders import HALF, ImageEncoder, Triple, open_image_encoder
 from .image_preparation import PreparedImage, prepare_image
 from .model_cache import ModelCache
@@ -88,16 +89,6 @@ def encode_image(
         if gram:
             features = replace(features, gram=gram_matrix(features.tokens, features.weight))
     return _averaged(features) if batch == "average" and features.tokens.shape[0] > 1 else features
-
-
-def gram_matrix(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
-    """tokens: (B, N, D), weight: (B, N) -> (B, D, D) in float32: which channels fire together, wherever they do.
-
-    The mean over places of f f^T (equation 3 of arXiv 1508.06576, divided by the number of places).
-    """
-    values = tokens.float()
-    weight = torch.ones_like(values[..., 0]) if weight is None else weight.to(values)
-    return (values * weight[..., None]).transpose(1, 2) @ values / weight.sum(dim=1)[:, None, None]
 
 
 def _eye(cache: ModelCache, checkpoint: Checkpoint, encoder: str | ImageEncoder) -> _Eye:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import Checkpoint, CheckpointError
 from pipeline.fusion import fuse
-from pipeline.image_encoder import encode_image, gram_matrix
+from pipeline.gram import gram_matrix
+from pipeline.image_encoder import encode_image
 from pipeline.image_encoders import _config_of_header, open_image_encoder
 from pipeline.model_cache import ModelCache
 
