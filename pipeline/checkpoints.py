@@ -4,7 +4,7 @@ import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from .adapters import Adapter, adapted
 from .components import Component, check_model, either, open_component
+from .content import Digests
 from .families import FAMILIES, Family
 from .model_cache import ModelCache, ModelKey
 from .residency import is_out_of_memory
@@ -38,7 +40,7 @@ class Checkpoint:
     """A folder or single file whose every component was found whole when it was opened. Holds no weights.
 
     folder: or the single file; identity: its name and a digest of the weights, which says the same on every machine;
-    index: the model_index.json, which ships with the pack for a single file.
+    index: the model_index.json, which ships with the pack for a single file. adapters: what is laid over it in use.
     """
 
     folder: Path
@@ -46,6 +48,8 @@ class Checkpoint:
     components: Mapping[str, Component]
     identity: str
     index: Path
+    adapters: tuple[Adapter, ...] = ()
+    digests: Digests = field(default_factory=Digests, repr=False, compare=False)
     _tokenizers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def has(self, component: str) -> bool:
@@ -56,20 +60,21 @@ class Checkpoint:
         return f"{self.folder.name}/{component}@{self._component(component).digest[:8]}"
 
     def key(self, component: str, dtype: torch.dtype | None = None) -> ModelKey:
-        """The component as it lies on disk now. dtype: float32 unless given."""
+        """The component as it lies on disk now, equal for equal weights anywhere. dtype: float32 unless given.
+
+        Reads all its weights the first time; see ``Digests``.
+        """
         part = self._component(component)
         if not part.weights:
             raise CheckpointError(f"{part.folder}: expected a component with weights, found a {part.class_name}")
-        try:
-            files = [path.stat() for path in (part.config, *part.weights)]
-        except OSError as error:
-            raise CheckpointError(f"expected {error.filename}, which was there before: {error.strerror}") from error
+        content = self.digests.of(part)
         return ModelKey(
             path=part.weights[0].resolve(),
-            size=sum(file.st_size for file in files),
-            mtime_ns=max(file.st_mtime_ns for file in files),
+            size=content.bytes,
+            mtime_ns=content.mtime_ns,
             component=component,
             dtype=dtype or torch.float32,
+            content=content.digest,
         )
 
     def build(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -100,7 +105,13 @@ class Checkpoint:
         """
         on_cpu = cache.residency.device.type == "cpu"
         dtype = dtype or (torch.float32 if on_cpu else self.family.device_dtype)
-        return cache.use(self.key(component, dtype), lambda: self.build(component, dtype))
+        module = cache.use(self.key(component, dtype), lambda: self.build(component, dtype))
+        acting = [adapter for adapter in self.adapters if adapter.acts_on(component)]
+        return adapted(module, cache, acting, component, dtype) if acting else module
+
+    def with_adapter(self, adapter: Adapter) -> "Checkpoint":
+        """The same model with one more laid over it, after those that it has."""
+        return replace(self, adapters=(*self.adapters, adapter))
 
     def tokenizer(self, component: str = "tokenizer") -> Any:
         """Read once; it keeps no state between calls."""
@@ -120,15 +131,18 @@ class Checkpoint:
         return self.components[name]
 
 
-def open_checkpoint(path: Path, further: Sequence[Path] = (), config: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, further: Sequence[Path] = (), config: Path | None = None, digests: Digests | None = None
+) -> Checkpoint:
     """Check a diffusers folder, or a single file, by its JSON and the headers of its weights.
 
     further: for a single file that holds no text encoder or VAE, the files that do; config: for a single file, a folder
-    of configurations in place of those that ship. Raises CheckpointError, naming the file.
+    of configurations in place of those that ship; digests: what remembers the contents of weights, so that they are
+    not read again to be told apart. Raises CheckpointError, naming the file.
     """
     if path.suffix == ".safetensors" and not path.is_dir():
         single = open_single_file(path, further, config)
-        return _checkpoint(path, single.family, single.components, single.index)
+        return _checkpoint(path, single.family, single.components, single.index, digests)
     if not path.is_dir():
         raise CheckpointError(
             f"expected a folder with a model_index.json, or a .safetensors file, at {path}, found no such folder"
@@ -149,12 +163,15 @@ def open_checkpoint(path: Path, further: Sequence[Path] = (), config: Path | Non
     for name in family.components:
         if name not in components:
             raise CheckpointError(f"{index_path}: expected a component {name!r} for a {family.name} model, found none")
-    return _checkpoint(path, family, components, index_path)
+    return _checkpoint(path, family, components, index_path, digests)
 
 
-def _checkpoint(path: Path, family: Family, components: Mapping[str, Component], index: Path) -> Checkpoint:
+def _checkpoint(
+    path: Path, family: Family, components: Mapping[str, Component], index: Path, digests: Digests | None
+) -> Checkpoint:
     digest = hashlib.sha256("".join(f"{name}{components[name].digest}" for name in sorted(components)).encode())
-    return Checkpoint(path, family, components, f"{path.name}@{digest.hexdigest()[:12]}", index)
+    identity = f"{path.name}@{digest.hexdigest()[:12]}"
+    return Checkpoint(path, family, components, identity, index, digests=digests or Digests())
 
 
 def _build_from_folder(part: Component, dtype: torch.dtype) -> nn.Module:

@@ -44,7 +44,8 @@ def _told(value: Any) -> Any:
             for name, part in value.components.items()
             if name.startswith(WORDS + PICTURES)
         }
-        return ["checkpoint", value.folder.name, value.family.name, encoders]
+        laid_over = [adapter.identity for adapter in value.adapters if any(map(adapter.acts_on, encoders))]
+        return ["checkpoint", value.folder.name, value.family.name, encoders, laid_over]
     if isinstance(value, Path):
         return ["path", value.name, _files(_beside(value / "any") if value.is_dir() else [value])]
     if isinstance(value, torch.dtype | torch.device):
