@@ -23,11 +23,13 @@ _REMEMBERED_USES = 512  # some hundred runs of a workflow, from which its habits
 _REMEMBERED_EVICTIONS = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelKey:
     """Which weights, and as what. Equal keys are the same model; a file replaced on disk gives another key.
 
-    path: resolved, so that two names of one file agree; size: bytes on disk; mtime_ns: of its newest file.
+    path: resolved, so that two names of one file agree; size: bytes on disk; mtime_ns: of its newest file. content: a
+    digest of the weights and the configuration, by which the same model under two paths is one; empty where only the
+    file is known.
     """
 
     path: Path
@@ -35,11 +37,26 @@ class ModelKey:
     mtime_ns: int
     component: str
     dtype: torch.dtype
+    content: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelKey) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        if self.content:
+            return self.content, self.dtype
+        return self.path, self.size, self.mtime_ns, self.component, self.dtype
 
     def replaces(self, other: "ModelKey") -> bool:
         """Whether ``other`` names the same file as it was before it was replaced."""
-        same_file = (self.path, self.component) == (other.path, other.component)
-        return same_file and (self.size, self.mtime_ns) != (other.size, other.mtime_ns)
+        if (self.path, self.component) != (other.path, other.component):
+            return False
+        if self.content and other.content:
+            return self.content != other.content
+        return (self.size, self.mtime_ns) != (other.size, other.mtime_ns)
 
     def __str__(self) -> str:
         return f"{self.component} of {self.path} as {str(self.dtype).removeprefix('torch.')}"
