@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -48,6 +49,7 @@ __all__ = [
     "model_folders",
     "picture_folder",
     "steps",
+    "text_progress",
     "ui",
 ]
 
@@ -63,13 +65,22 @@ class DuetModel(nn.Module):
         self.module = module
 
 
+_ASKED_BY_HOST = "the host asked for it, for a model of its own or by a button"
+
+
 class WholePatcher(ModelPatcher):
     """Loads all of a model or none of it.
 
     The host loads layers one by one when memory is short, and counts on its own layer classes to fetch the rest;
     those of transformers and diffusers would be stranded. Weights move outside inference mode, or none could be
-    refined later.
+    refined later. Whoever moves them off, it is logged; name and why are for that line.
     """
+
+    name = "a model"
+
+    @staticmethod
+    def why() -> str:
+        return _ASKED_BY_HOST
 
     def partially_load(self, device_to, extra_memory=0, **options):
         with torch.inference_mode(False):
@@ -77,6 +88,13 @@ class WholePatcher(ModelPatcher):
 
     def partially_unload(self, device_to, memory_to_free=0, **options):
         return 0  # nothing in part: the host then detaches the whole
+
+    def detach(self, unpatch_all=True):
+        leaving = self.loaded_size() if unpatch_all and self.load_device != self.offload_device else 0
+        model = super().detach(unpatch_all)
+        if leaving:
+            log.info("moved %s (%d bytes) off %s: %s", self.name, leaving, self.load_device, self.why())
+        return model
 
     def unpatch_model(self, *arguments, **options):
         with torch.inference_mode(False):
@@ -108,11 +126,13 @@ class ComfyResidency:
         # Not unet_offload_device(): with --highvram that is the GPU, and moving a model off would free nothing.
         self._offload_device = self.device if args.gpu_only else torch.device("cpu")
         self._pinned: list[ComfyResident] = []
+        self._why = _ASKED_BY_HOST  # a model of ours is moved off at this moment
         self._lock = threading.RLock()  # the host's list of loaded models has none
 
     def adopt(self, module: nn.Module, name: str) -> ComfyResident:
         size = module_bytes(module)  # the host's own count would take tied weights twice
         patcher = WholePatcher(DuetModel(module), self.device, self._offload_device, size=size)
+        patcher.name, patcher.why = name, lambda: self._why
         return ComfyResident(module, name, size, patcher)
 
     def acquire(self, resident: ComfyResident) -> None:
@@ -136,6 +156,7 @@ class ComfyResidency:
     def _load(self, resident: ComfyResident, moved: int = 0) -> None:
         # The pinned ones are named too: the host evicts anything that is not part of the request.
         pinned = [other.patcher for other in self._pinned]
+        self._why = f"{resident.name} needs {resident.bytes} bytes there"
         try:
             memory.load_models_gpu([resident.patcher, *pinned])
         except BaseException as error:
@@ -144,11 +165,17 @@ class ComfyResidency:
             if is_out_of_memory(error):
                 raise out_of_memory(resident.name, resident.bytes, self.device, moved, self._pinned) from error
             raise
+        finally:
+            self._why = _ASKED_BY_HOST
 
     def _evict_all(self) -> int:
         pinned = {id(resident.patcher) for resident in self._pinned}
         keep = [loaded for loaded in memory.current_loaded_models if id(loaded.model) in pinned]
-        evicted = memory.free_memory(1e30, self.device, keep)
+        self._why = "out of memory"
+        try:
+            evicted = memory.free_memory(1e30, self.device, keep)
+        finally:
+            self._why = _ASKED_BY_HOST
         memory.soft_empty_cache()
         moved = sum(loaded.model_memory() for loaded in evicted if loaded.model is not None)
         log.info("moved %d models (%d bytes) off %s: out of memory", len(evicted), moved, self.device)
@@ -209,6 +236,9 @@ def _empty_when_freed(cache: ModelCache) -> None:
 # --- progress ---
 
 
+_TEXT_EVERY_S = 0.1
+
+
 def steps(total: int) -> Callable[[int, Image.Image | None], None]:
     """A callback for ``generate``: ``on_step(done, preview)`` moves this node's progress bar and shows the preview.
 
@@ -223,6 +253,25 @@ def steps(total: int) -> Callable[[int, Image.Image | None], None]:
         bar.update_absolute(done, total, shown)
 
     return on_step
+
+
+def text_progress(total: int, node_id: str) -> Callable[[int, str], None]:
+    """A callback for ``direct_prompt``: ``on_text(tokens, text)`` shows on the node what is written so far.
+
+    Raises the host's InterruptProcessingException as soon as the user has cancelled.
+    """
+    bar = comfy.utils.ProgressBar(total)
+    told = 0.0
+
+    def on_text(tokens: int, text: str) -> None:
+        nonlocal told
+        memory.throw_exception_if_processing_interrupted()
+        bar.update_absolute(min(tokens, total), total)
+        if time.monotonic() - told > _TEXT_EVERY_S:
+            PromptServer.instance.send_progress_text(text, node_id)
+            told = time.monotonic()
+
+    return on_text
 
 
 # --- the host's own values ---
