@@ -4,6 +4,7 @@ Both read the same folder and start from the same noise; what they draw must be 
 "leading" steps with an offset is, for three steps, the host's "simple" one: timesteps 999, 666 and 333.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.rig.client import Client, Prompt, Run
 from tests.rig.host import ComfyServer
 
 pytestmark = pytest.mark.full_size
+log = logging.getLogger(__name__)
 
 COMPARE = Path(__file__).with_name("compare_node.py")
 WORDS, UNWANTED = "a red rose in a glass vase, oil on canvas", "blurred"
@@ -69,8 +71,8 @@ def generate(conditioning: str, scale: float, **changes: Any) -> dict[str, Any]:
     return node("DuetGenerate", model="duet/0", conditioning=conditioning, guidance_scale=scale, **inputs)
 
 
-def sample(positive: str, negative: str, scale: float) -> dict[str, Any]:
-    settings = {"seed": SEED, "steps": STEPS, "cfg": scale, "sampler_name": "euler", "scheduler": "simple"}
+def sample(positive: str, negative: str, scale: float, scheduler: str = "simple") -> dict[str, Any]:
+    settings = {"seed": SEED, "steps": STEPS, "cfg": scale, "sampler_name": "euler", "scheduler": scheduler}
     sides = {"positive": positive, "negative": negative}
     return node("KSampler", model="stock/0", latent_image="empty/0", denoise=1.0, **sides, **settings)
 
@@ -82,6 +84,7 @@ def compare(one: str, other: str) -> dict[str, Any]:
 def reports(run: Run) -> dict[str, dict[str, Any]]:
     assert run.succeeded, run.error
     found = {name: ui["duet_compare"][0] for name, ui in run.outputs.items() if "duet_compare" in ui}
+    log.info("%s", {name: (report["apart"], report["deviation"]) for name, report in found.items()})
     assert all(report["finite"] and report["shapes"][0] == report["shapes"][1] for report in found.values()), found
     return found
 
@@ -139,6 +142,23 @@ def test_without_guidance_the_pictures_agree_and_the_words_and_steps_count(clien
     assert found["the picture"]["deviation"] > 0.05
     assert found["the words"]["apart"] > TELLING
     assert found["the steps"]["apart"] > TELLING
+
+
+def test_along_a_schedule_of_the_host_the_pictures_agree(client: Client):
+    """Sigmas between whole timesteps, which the folder's own schedule could not give."""
+    prompt = both_sides() | {
+        "schedule": node("BasicScheduler", model="stock/0", scheduler="karras", steps=STEPS, denoise=1.0),
+        "ours": generate("fuse/0", 1.0, steps=1, sigmas="schedule/0"),
+        "sampled": sample("said/0", "unwanted/0", 1.0, scheduler="karras"),
+        "theirs": node("VAEDecode", samples="sampled/0", vae="stock/2"),
+        "sampled otherwise": sample("said/0", "unwanted/0", 1.0),
+        "otherwise": node("VAEDecode", samples="sampled otherwise/0", vae="stock/2"),
+        "the picture": compare("ours/0", "theirs/0"),
+        "the schedule": compare("otherwise/0", "theirs/0"),
+    }
+    found = reports(client.run(prompt, timeout=900))
+    assert found["the picture"]["apart"] < AGREE
+    assert found["the schedule"]["apart"] > TELLING
 
 
 def test_the_encoders_agree(client: Client):
