@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .prompt_weights import WeightedPrompt
 
+CLIP_WINDOW = 77  # arXiv 2103.00020, section 2.4
 QUOTED = 60  # characters of a prompt that a notice repeats
 
 
@@ -49,7 +50,7 @@ def cut_windows(tokenizer: Any, prompt: WeightedPrompt) -> Windows:
         notices.append(f"not known to the tokenizer and so not heard: {' '.join(unknown)[:QUOTED]}")
     by_character = [phrase.weight for phrase in prompt.phrases for _ in phrase.text]
     weights = [by_character[start] if start < len(by_character) else 1.0 for start, _ in offsets]
-    room = tokenizer.model_max_length - 2
+    room = window_of(tokenizer) - 2
     starts = range(0, len(ids), room) or range(1)
     if len(starts) > 1:
         notices.append(f"the prompt fills {len(starts)} windows of {room} tokens; they are encoded apart and joined")
@@ -69,7 +70,7 @@ def encode_windows(encoder: Any, tokenizer: Any, windows: Windows, *, pads: bool
     at the same place of an empty prompt, as ComfyUI's own text encoder does; only where it pads. pooled is the windows'
     mean, weighted by their tokens.
     """
-    longest = tokenizer.model_max_length if pads else max(map(len, windows.ids))
+    longest = window_of(tokenizer) if pads else max(map(len, windows.ids))
     ids = torch.tensor([_padded(window, longest, tokenizer.pad_token_id) for window in windows.ids])
     counted = torch.tensor([_padded([True] * len(window), longest, False) for window in windows.ids])
     weights = torch.tensor([_padded(row, longest, 1.0) for row in windows.weights])
@@ -93,6 +94,11 @@ def encode_windows(encoder: Any, tokenizer: Any, windows: Windows, *, pads: bool
                 share = torch.ones_like(share)
             pooled = (pooled * share).sum(dim=0, keepdim=True) / share.sum()
     return Encoded(hidden.flatten(0, 1)[None], pooled, counted)
+
+
+def window_of(tokenizer: Any) -> int:
+    """Tokens at once. A tokenizer whose configuration is gone says 10^30."""
+    return min(tokenizer.model_max_length, CLIP_WINDOW)
 
 
 def content(counted: Tensor) -> Tensor:
