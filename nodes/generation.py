@@ -1,12 +1,16 @@
 """The condition becomes a picture, and the picture is finished."""
 
+from collections.abc import Callable
+
+from PIL.Image import Image
+
 from ..pipeline.finishing import finish_picture
 from ..pipeline.generation import OnStep, Preview, generate
 from . import sockets
 from .choices import check_choice
 from .host import io, model_cache
 from .host import steps as host_steps
-from .images import over_white, to_colour, to_image, to_mask, to_pil, to_pixels
+from .images import over_white, to_colour, to_image, to_mask, to_opaque, to_pil, to_pixels
 from .stages import stage
 from .stock_objects import to_latent
 
@@ -57,10 +61,34 @@ class DuetGenerate(io.ComfyNode):
                     tooltip="A schedule of the host, such as Basic Scheduler's, to walk along by Euler's method. It "
                     "takes the place of steps. For Stable Diffusion.",
                 ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="A picture to draw from, cut to the size above; a batch gives one picture each. For models "
+                    "whose family draws from pictures.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the picture is drawn anew: 1 is new, 0 is kept to the pixel. An empty mask "
+                    "counts as none.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="How much of the picture is replaced: the share of the steps that are taken, at least one. "
+                    "Without a picture it has no effect.",
+                ),
             ],
             outputs=[
-                io.Image.Output("image", display_name="image", tooltip="The pictures, RGB, laid over white."),
-                io.Mask.Output("mask", display_name="mask", tooltip="1 where a picture is transparent: 1 - alpha."),
+                io.Image.Output("pictures", display_name="image", tooltip="The pictures, RGB, laid over white."),
+                io.Mask.Output(
+                    "pictures_mask", display_name="mask", tooltip="1 where a picture is transparent: 1 - alpha."
+                ),
                 io.Latent.Output(
                     "latent", display_name="latent", tooltip="What was decoded, for the host's own nodes, unscaled."
                 ),
@@ -79,6 +107,9 @@ class DuetGenerate(io.ComfyNode):
         height: int,
         batch_size: int,
         sigmas=None,
+        image=None,
+        mask=None,
+        denoise: float = 0.6,
     ):
         schedule = None if sigmas is None else sigmas.tolist()
         with stage("Generate", "generation") as done:
@@ -93,7 +124,10 @@ class DuetGenerate(io.ComfyNode):
                 height=height,
                 batch_size=batch_size,
                 sigmas=schedule,
-                on_step=_report(steps if schedule is None else len(schedule) - 1),
+                image=None if image is None else to_opaque(image),
+                mask=None if mask is None or not mask.any() else mask.reshape(-1, *mask.shape[-2:]),
+                strength=denoise,
+                on_step=_report(),
             )
             latent = to_latent(model_cache(), model, pictures.latents)
         image = to_image(over_white(pictures.pixels, pictures.alpha))
@@ -161,11 +195,13 @@ class DuetFinishImage(io.ComfyNode):
         return io.NodeOutput(to_image(finished.pixels), to_mask(finished.alpha), ui=done.ui())
 
 
-def _report(total: int) -> OnStep:
+def _report() -> OnStep:
     """Progress, preview and interrupt of the host, as ``generate`` calls for them. The last step needs no preview."""
-    tell = host_steps(total)
+    bars: dict[int, Callable[[int, Image | None], None]] = {}
 
     def on_step(step: int, total: int, preview: Preview) -> None:
-        tell(step, to_pil(preview()) if step < total else None)
+        if total not in bars:  # how many there are is known with the first
+            bars[total] = host_steps(total)
+        bars[total](step, to_pil(preview()) if step < total else None)
 
     return on_step

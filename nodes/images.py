@@ -32,6 +32,12 @@ def to_pixels(
     return pixels, opacity
 
 
+def to_opaque(image: Tensor) -> Tensor:
+    """IMAGE -> RGB (B, 3, H, W), laid over white where it is transparent."""
+    pixels, opacity = to_pixels(image)
+    return pixels if opacity is None else over_white(pixels, opacity.unsqueeze(1))
+
+
 def to_image(pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> IMAGE."""
     return pixels.movedim(1, -1).float().cpu().contiguous()

@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
+from ..pipeline.residency import OutOfDeviceMemory
 from .host import model_cache
 
 
@@ -38,6 +41,8 @@ def stage(node: str, name: str) -> Iterator[Stage]:
         raise ValueError(f"{node}: {error}") from error
     except FloatingPointError as error:
         raise FloatingPointError(f"{node}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory(f"{node}: {error}") from error
     running.milliseconds = (time.perf_counter() - start) * 1000
     after = model_cache().stats()
     if after.misses > before.misses:
