@@ -6,14 +6,14 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.rig.client import Client
-from tests.rig.host import PROBE, ComfyServer, newest_frontend
+from tests.rig.host import COMPARE, PROBE, ComfyServer, newest_frontend
 from tests.rig.page import ComfyPage, open_browser
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """The real host with its own page, the pack mounted, and the probe that counts what lives in its process."""
-    with ComfyServer(tmp_path_factory.mktemp("host"), beside=(PROBE,)) as server:
+    """The real host with its own page, the pack mounted, and nodes that count and compare what lives in its process."""
+    with ComfyServer(tmp_path_factory.mktemp("host"), beside=(PROBE, COMPARE)) as server:
         yield server
 
 

@@ -7,19 +7,17 @@ Both read the same folder and start from the same noise; what they draw must be 
 import logging
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.host.stable_diffusion_15 import save_scheduler, save_stable_diffusion_15
 from tests.rig.client import Client, Prompt, Run
-from tests.rig.host import ComfyServer
+from tests.rig.host import COMPARE, ComfyServer
 
 pytestmark = pytest.mark.full_size
 log = logging.getLogger(__name__)
 
-COMPARE = Path(__file__).with_name("compare_node.py")
 WORDS, UNWANTED = "a red rose in a glass vase, oil on canvas", "blurred"
 SIDE, STEPS, SEED = 64, 3, 7
 AGREE = 1e-4  # of pictures in 0..1

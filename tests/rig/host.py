@@ -18,6 +18,8 @@ from .environment import HOST, exclusive, site_packages
 
 # A custom node that counts, without the pack's help, what lives in the host's process.
 PROBE = ROOT / "tests" / "host" / "probe_node.py"
+# Another, which tells how far two values lie apart.
+COMPARE = ROOT / "tests" / "host" / "compare_node.py"
 
 _READY_WITHIN_S = 180
 _ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
