@@ -2,9 +2,9 @@
 
 Words are a concept's CLDR name, the reference is another concept's drawing, as in mini_quality. Each pair is drawn from
 the fused condition, from the refined one, and from two others at the same distance from it: in a random direction, and
-straight towards what the picture alone would give. "own" is the cosine of the pooled features of the encoder that was
-refined by; "judge" that of an ImageNet CNN (EfficientNet-Lite0) that took no part; "words" the judge's cosine with
-a real drawing of what the words say. ``python -m benchmarks refine`` prints one JSON line last. Needs the group ``train``.
+straight towards what the picture alone would give. "own" is the cosine of features of the encoder that refined it,
+"judge" that of an ImageNet CNN (EfficientNet-Lite0) that took no part, "words" the judge's cosine with a real
+drawing of what the words say. ``python -m benchmarks refine`` prints one JSON line last. Needs the group ``train``.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def _as_long_as(direction: Tensor, other: Tensor) -> Tensor:
 
 
 def _draw_sheet(found: dict[str, Tensor], labels: Sequence[str], path: Path) -> None:
-    """Rows: the reference, before, refined, and as far straight towards the picture alone. The first pairs, unchosen."""
+    """The reference, before, refined, and as far straight towards the picture alone, of the first pairs, unchosen."""
     rows = {
         "reference": found["reference"],
         "fused": found["pixels before"],

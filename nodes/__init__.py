@@ -6,6 +6,7 @@ from .fusion import DuetFuse
 from .generation import DuetFinishImage, DuetGenerate
 from .host import ComfyExtension  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
 from .models import DuetLoadModel, DuetModelCache
+from .refinement import DuetRefine
 from .stock import (
     DuetConditionFromStock,
     DuetConditionToStock,
@@ -23,6 +24,7 @@ NODES: list[type] = [
     DuetPrepareImage,
     DuetImageFeatures,
     DuetFuse,
+    DuetRefine,
     DuetGenerate,
     DuetFinishImage,
     DuetModelCache,

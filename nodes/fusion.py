@@ -1,12 +1,15 @@
 """Words and a picture become one condition."""
 
 from ..pipeline.fusion import fuse
+from ..pipeline.token_fusion import open_token_adapter
 from . import sockets
 from .choices import check_choice
 from .host import io, model_cache
+from .model_files import fingerprint, model_names, model_path
 from .stages import stage
 
-METHODS = ["concat", "weighted", "gated"]
+METHODS = ["concat", "weighted", "gated", "spherical", "cross-attention"]
+NO_WEIGHTS = "none"
 
 
 class DuetFuse(io.ComfyNode):
@@ -33,8 +36,11 @@ class DuetFuse(io.ComfyNode):
                     "method",
                     options=METHODS,
                     default="concat",
-                    tooltip="concat: both side by side through the trained network. weighted: the straight way between "
-                    "what each would give alone. gated: every place of the picture changes over at its own moment.",
+                    tooltip="concat: both side by side through the trained network, or, where the model has none, the "
+                    "picture's tokens after the words'. weighted: the straight way between what each would give alone. "
+                    "gated: every place of the picture changes over at its own moment. spherical: as weighted, but "
+                    "nothing fades on the way. cross-attention: every word looks at the picture, in models without a "
+                    "fusion network.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -46,6 +52,14 @@ class DuetFuse(io.ComfyNode):
                     tooltip="How much the picture says: 0 is the text alone, 1 is the picture alone, 0.5 is what the "
                     "model was trained on: what the words say, in the picture's style.",
                 ),
+                io.Combo.Input(
+                    "projection",
+                    options=[NO_WEIGHTS, *model_names("style_models")],
+                    default=NO_WEIGHTS,
+                    optional=True,
+                    tooltip="Trained weights that turn a picture's tokens into words', for models without a fusion "
+                    "network: Redux or cross-attention, of models/style_models.",
+                ),
             ],
             outputs=[
                 sockets.Conditioning.Output(
@@ -55,11 +69,29 @@ class DuetFuse(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, method: str | None = None) -> bool | str:
-        return check_choice("Fuse", "method", method, METHODS)
+    def validate_inputs(cls, method: str | None = None, projection: str | None = None) -> bool | str:
+        said = check_choice("Fuse", "method", method, METHODS)
+        if said is not True:
+            return said
+        return check_choice("Fuse", "projection", projection, [NO_WEIGHTS, *model_names("style_models")])
 
     @classmethod
-    def execute(cls, model, method: str, strength: float, prompt_embeds=None, image_features=None):
+    def fingerprint_inputs(cls, projection: str | None = NO_WEIGHTS, **others: object) -> str | float:
+        return fingerprint("style_models", projection)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        method: str,
+        strength: float,
+        prompt_embeds=None,
+        image_features=None,
+        projection: str = NO_WEIGHTS,
+    ):
         with stage("Fuse", "fusion") as done:
-            fused = fuse(model_cache(), model, prompt_embeds, image_features, method=method, strength=strength)
+            adapter = None if projection == NO_WEIGHTS else open_token_adapter(model_path("style_models", projection))
+            fused = fuse(
+                model_cache(), model, prompt_embeds, image_features, method=method, strength=strength, adapter=adapter
+            )
         return io.NodeOutput(fused, ui=done.ui(fused.notices))

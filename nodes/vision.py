@@ -1,17 +1,21 @@
 """A picture is prepared, and becomes features."""
 
 from ..pipeline.image_encoder import encode_image
+from ..pipeline.image_encoders import ImageEncoder, open_image_encoder
 from ..pipeline.image_preparation import Augmentation, prepare_image
 from ..pipeline.recall import recalled
 from . import sockets
 from .choices import check_choice
 from .host import embedding_store, io, model_cache
 from .images import to_image, to_mask, to_pixels
+from .model_files import fingerprint, model_names, model_path
 from .stages import stage
 
 FITS = ["crop", "pad", "stretch"]
 NORMALISATIONS = ["none", "range", "mean-std"]
 ENCODERS = ["model", "efficientnet-lite0"]
+REGIONS = ["white", "pool"]
+BATCHES = ["keep", "average"]
 MASK_TOOLTIP = "Where the picture does not count: 1 where it is transparent, as Load Image gives it."
 
 
@@ -120,10 +124,41 @@ class DuetImageFeatures(io.ComfyNode):
                 io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
                 io.Combo.Input(
                     "encoder",
-                    options=ENCODERS,
+                    options=[*ENCODERS, *model_names("clip_vision")],
                     default="model",
                     tooltip="model: the model's own encoder, which Fuse understands. efficientnet-lite0: a CNN that "
-                    "knows ImageNet, where its package is installed.",
+                    "knows ImageNet, where its package is installed. Any other: a file or folder of "
+                    "models/clip_vision, of CLIP, SigLIP, DINOv2, or a CNN of timm.",
+                ),
+                io.Int.Input(
+                    "layer",
+                    default=-1,
+                    min=-100,
+                    max=100,
+                    optional=True,
+                    tooltip="Which layer to read: -1 is the last, -2 the one before, 0 the first. Early layers see "
+                    "strokes and colours, late ones what is shown.",
+                ),
+                io.Combo.Input(
+                    "region",
+                    options=REGIONS,
+                    default="white",
+                    optional=True,
+                    tooltip="What the mask does. white: the encoder sees white where it hides the picture. pool: it "
+                    "sees everything, and only the features of what is left are counted.",
+                ),
+                io.Boolean.Input(
+                    "style_statistics",
+                    default=False,
+                    optional=True,
+                    tooltip="Also measure which features occur together, wherever they do: the style. For Refine.",
+                ),
+                io.Combo.Input(
+                    "batch",
+                    options=BATCHES,
+                    default="keep",
+                    optional=True,
+                    tooltip="keep: each picture of a batch by itself. average: all of them as one reference.",
                 ),
             ],
             outputs=[
@@ -134,12 +169,51 @@ class DuetImageFeatures(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        return check_choice("Image features", "encoder", encoder, ENCODERS)
+    def validate_inputs(
+        cls, encoder: str | None = None, region: str | None = None, batch: str | None = None
+    ) -> bool | str:
+        for name, value, options in (
+            ("encoder", encoder, [*ENCODERS, *model_names("clip_vision")]),
+            ("region", region, REGIONS),
+            ("batch", batch, BATCHES),
+        ):
+            if (said := check_choice("Image features", name, value, options)) is not True:
+                return said
+        return True
 
     @classmethod
-    def execute(cls, model, image, encoder: str, mask=None):
+    def fingerprint_inputs(cls, encoder: str | None = None, **others: object) -> str | float:
+        return fingerprint("clip_vision", encoder)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        image,
+        encoder: str,
+        mask=None,
+        layer: int = -1,
+        region: str = "white",
+        style_statistics: bool = False,
+        batch: str = "keep",
+    ):
         with stage("Image features", "features") as done:
-            pixels = to_pixels(image, mask)
-            features = recalled(embedding_store(), encode_image, model_cache(), model, *pixels, encoder=encoder)
+            pixels, opacity = to_pixels(image, mask)
+            features = recalled(
+                embedding_store(),
+                encode_image,
+                model_cache(),
+                model,
+                pixels,
+                opacity,
+                _encoder(encoder),
+                layer=layer,
+                region=region,
+                gram=style_statistics,
+                batch=batch,
+            )
         return io.NodeOutput(features, ui=done.ui(features.notices))
+
+
+def _encoder(name: str) -> str | ImageEncoder:
+    return name if name in ENCODERS else open_image_encoder(model_path("clip_vision", name))
