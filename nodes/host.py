@@ -29,6 +29,7 @@ from PIL import Image
 from server import PromptServer
 from torch import nn
 
+from ..pipeline.content import Digests
 from ..pipeline.embedding_store import EmbeddingStore
 from ..pipeline.model_cache import ModelCache
 from ..pipeline.residency import OutOfDeviceMemory, is_out_of_memory, module_bytes, out_of_memory
@@ -51,6 +52,7 @@ __all__ = [
     "steps",
     "text_progress",
     "ui",
+    "weights_digests",
 ]
 
 
@@ -204,11 +206,20 @@ _EMBEDDINGS_BYTES = 2**30  # some thousand prompts, or some hundred of the large
 @functools.cache
 def embedding_store() -> EmbeddingStore:
     """The one store of this host, in a folder of its user directory that the host serves to nobody."""
+    return EmbeddingStore(_own_folder() / "embeddings", _EMBEDDINGS_BYTES)
+
+
+@functools.cache
+def weights_digests() -> Digests:
+    """The contents of all weights that were read in this host, remembered in the same folder."""
+    return Digests(_own_folder() / "digests")
+
+
+def _own_folder() -> Path:
     try:
-        folder = folder_paths.get_system_user_directory("duet")
+        return Path(folder_paths.get_system_user_directory("duet"))
     except AttributeError:  # an older host
-        folder = os.path.join(folder_paths.get_user_directory(), "__duet")
-    return EmbeddingStore(Path(folder) / "embeddings", _EMBEDDINGS_BYTES)
+        return Path(folder_paths.get_user_directory()) / "__duet"
 
 
 def _empty_when_freed(cache: ModelCache) -> None:

@@ -1,16 +1,19 @@
 """Which model is used, and what the shared cache holds."""
 
-from pathlib import Path
-
-from ..pipeline.checkpoints import open_checkpoint
-from ..pipeline.mini import MODEL_FOLDER
 from . import sockets
 from .cache_report import cache_as_json, cache_as_text
 from .choices import check_choice
-from .host import diffusers_folder, diffusers_names, io, model_cache
+from .host import io, model_cache
+from .model_choice import AUTOMATIC, BUILT_IN, file_names, files_of, model_choices, open_choice
 from .stages import stage
 
-BUILT_IN = "duet-mini (built in)"
+# Inputs of Load model for what a single file lacks, and the host's folder that each is chosen from.
+FURTHER = {
+    "text_encoder": "text_encoders",
+    "text_encoder_2": "text_encoders",
+    "text_encoder_3": "text_encoders",
+    "vae": "vae",
+}
 ACTIONS = ["report", "unload"]
 
 
@@ -25,9 +28,21 @@ class DuetLoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=[BUILT_IN, *diffusers_names()],
+                    options=model_choices(),
                     default=BUILT_IN,
-                    tooltip="The small model that comes with Duet, or a diffusers folder in models/diffusers.",
+                    tooltip="The small model that comes with Duet, a diffusers folder in models/diffusers, or a file "
+                    "in models/checkpoints or models/diffusion_models.",
+                ),
+                *(
+                    io.Combo.Input(
+                        name,
+                        options=[AUTOMATIC, *file_names(kind)],
+                        default=AUTOMATIC,
+                        optional=True,
+                        tooltip=f"For a model in one file that lacks it: a file in models/{kind}. automatic: the one "
+                        "that fits.",
+                    )
+                    for name, kind in FURTHER.items()
                 ),
             ],
             outputs=[
@@ -36,21 +51,48 @@ class DuetLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None) -> bool | str:
-        return check_choice("Load model", "model", model, [BUILT_IN, *diffusers_names()])
+    def validate_inputs(
+        cls,
+        model: str | None = None,
+        text_encoder: str | None = None,
+        text_encoder_2: str | None = None,
+        text_encoder_3: str | None = None,
+        vae: str | None = None,
+    ) -> bool | str:
+        told = [check_choice("Load model", "model", model, model_choices())]
+        for (name, kind), chosen in zip(
+            FURTHER.items(), (text_encoder, text_encoder_2, text_encoder_3, vae), strict=True
+        ):
+            told.append(check_choice("Load model", name, chosen, [AUTOMATIC, *file_names(kind)]))
+        return next((message for message in told if message is not True), True)
 
     @classmethod
-    def fingerprint_inputs(cls, model: str | None = None) -> str | float:
-        if model is None:  # its name comes from another node, and is not known yet: run
+    def fingerprint_inputs(
+        cls,
+        model: str | None = None,
+        text_encoder: str | None = AUTOMATIC,
+        text_encoder_2: str | None = AUTOMATIC,
+        text_encoder_3: str | None = AUTOMATIC,
+        vae: str | None = AUTOMATIC,
+    ) -> str | float:
+        encoders = (text_encoder, text_encoder_2, text_encoder_3)
+        if model is None or vae is None or None in encoders:  # it comes from another node, and is not known yet: run
             return float("nan")
-        files = [path for path in _folder(model).rglob("*") if path.suffix in (".json", ".safetensors")]
-        return repr(sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+        files = files_of(model, [name for name in encoders if name is not None], vae)
+        return repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
     @classmethod
-    def execute(cls, model: str):
+    def execute(
+        cls,
+        model: str,
+        text_encoder: str = AUTOMATIC,
+        text_encoder_2: str = AUTOMATIC,
+        text_encoder_3: str = AUTOMATIC,
+        vae: str = AUTOMATIC,
+    ):
         with stage("Load model", "model") as done:
-            checkpoint = open_checkpoint(_folder(model))
-        return io.NodeOutput(checkpoint, ui=done.ui())
+            checkpoint, notices = open_choice(model, (text_encoder, text_encoder_2, text_encoder_3), vae)
+        return io.NodeOutput(checkpoint, ui=done.ui(notices))
 
 
 class DuetModelCache(io.ComfyNode):
@@ -91,7 +133,3 @@ class DuetModelCache(io.ComfyNode):
             model_cache().unload()
         report = cache_as_text(model_cache().stats())
         return io.NodeOutput(report, ui={"text": [report], "duet_cache": [cache_as_json(model_cache().stats())]})
-
-
-def _folder(model: str) -> Path:
-    return MODEL_FOLDER if model == BUILT_IN else diffusers_folder(model)

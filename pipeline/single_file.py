@@ -90,24 +90,31 @@ def open_single_file(path: Path, further: Sequence[Path] = (), config: Path | No
     return SingleFile(index_path, family, components)
 
 
-def fitting_files(path: Path, candidates: Iterable[Path]) -> dict[str, list[Path]]:
-    """For each component that a file lacks, the candidates that could be it, by their headers."""
+def fitting_files(path: Path, candidates: Iterable[Path], given: Sequence[Path] = ()) -> dict[str, list[Path]]:
+    """For each component that a file and the ``given`` ones lack, the candidates that could be it, by their headers."""
     main = check_weights(path)
     folder, _, _ = _recognise(main, None)
-    headers = []
-    for candidate in candidates:
-        try:
-            headers.append(check_weights(candidate))
-        except CheckpointError:
-            continue  # nobody has asked for this one
-    fitting: dict[str, list[Path]] = {}
+    held = [main, *map(check_weights, given)]
+    taken: set[tuple[Path, str]] = set()
+    lacking: dict[str, tuple[Path, str]] = {}
     for name, entry in read_json(folder / "model_index.json").items():
         if not isinstance(entry, list) or name in ("unet", "transformer") or not model_class_allowed(*entry[:2]):
             continue
         config = folder / name / "config.json"
-        if _find(config, entry[1], [main], set()) is None:
-            fitting[name] = [file.path for file in headers if _find(config, entry[1], [file], set())]
-    return fitting
+        if (source := _find(config, entry[1], held, taken)) is not None:
+            taken.add((source[0].path, source[1]))
+        else:
+            lacking[name] = config, entry[1]
+    headers = []
+    for candidate in candidates if lacking else ():
+        try:
+            headers.append(check_weights(candidate))
+        except CheckpointError:
+            continue  # nobody has asked for this one
+    return {
+        name: [file.path for file in headers if _find(config, class_name, [file], set())]
+        for name, (config, class_name) in lacking.items()
+    }
 
 
 def _recognise(file: WeightsFile, config: Path | None) -> tuple[Path, Sign, str]:
