@@ -5,6 +5,7 @@ from .embeddings import DuetLoadEmbeddings, DuetSaveEmbeddings
 from .fusion import DuetFuse
 from .generation import DuetFinishImage, DuetGenerate
 from .host import ComfyExtension  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
+from .language import DuetDirectPrompt
 from .models import DuetLoadModel, DuetModelCache
 from .refinement import DuetRefine
 from .stock import (
@@ -31,6 +32,7 @@ NODES: list[type] = [
     DuetSaveEmbeddings,
     DuetLoadEmbeddings,
     DuetDoctor,
+    DuetDirectPrompt,
     DuetModelToStock,
     DuetConditionToStock,
     DuetConditionFromStock,

@@ -7,11 +7,13 @@ const WORDS = {
     warm: "model in cache", loaded: "model loaded", cached: "unchanged, not run again",
     text: "text", preparation: "preparation", features: "features", fusion: "fusion", generation: "generation",
     decode: "decode", finish: "finish", model: "model",
+    free: "written freely", guided: "written with guidance", brief: "the brief itself",
   },
   zh: {
     warm: "模型在缓存中", loaded: "模型已加载", cached: "未改变，未重新运行",
     text: "文本", preparation: "准备", features: "特征", fusion: "融合", generation: "生成",
     decode: "解码", finish: "完成", model: "模型",
+    free: "自由书写", guided: "引导书写", brief: "简述本身",
   },
 };
 const ROW = 16; // pixels

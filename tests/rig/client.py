@@ -15,7 +15,7 @@ from . import RigError
 Prompt = dict[str, dict[str, Any]]
 Listener = Callable[[str, dict[str, Any]], None]
 
-_PREVIEW_IMAGE = 1  # the host's BinaryEventTypes
+_PREVIEW_IMAGE, _PROGRESS_TEXT = 1, 3  # the host's BinaryEventTypes
 
 
 class PromptRefusedError(RigError):
@@ -35,6 +35,7 @@ class Run:
     cached: set[str] = field(default_factory=set)  # nodes the host answered from its own cache
     milliseconds: dict[str, float] = field(default_factory=dict)  # node id -> from its start to the next node's
     previews: int = 0
+    texts: list[tuple[str, str]] = field(default_factory=list)  # (node id, what was shown on it while it ran)
     ended: str = ""  # execution_success, execution_error or execution_interrupted
     error: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +116,10 @@ class Client:
             while not run.ended:
                 message = socket.recv()
                 if isinstance(message, bytes):
-                    run.previews += int.from_bytes(message[:4], "big") == _PREVIEW_IMAGE
+                    event, length = int.from_bytes(message[:4], "big"), int.from_bytes(message[4:8], "big")
+                    run.previews += event == _PREVIEW_IMAGE
+                    if event == _PROGRESS_TEXT:
+                        run.texts.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
                     continue
                 kind, data = (parsed := json.loads(message))["type"], parsed.get("data") or {}
                 if data.get("prompt_id") != run.prompt_id:
