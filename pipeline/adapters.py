@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .components import Component
 from .model_cache import ModelCache
@@ -25,6 +25,10 @@ class Adapter(Protocol):
         ...
 
     def acts_on(self, component: str) -> bool: ...
+
+    def shown(self) -> tuple[Tensor, Tensor] | None:
+        """What the denoiser is to be shown besides the words, and in place of it where it steers away; or None."""
+        ...
 
     def use(self, cache: ModelCache, dtype: torch.dtype) -> AbstractContextManager[Any]:
         """Its weights: on the cache's device, and pinned, while in the block."""
@@ -49,6 +53,24 @@ def adapted(
         for adapter in adapters:
             adapter.lay_over(component, view, stack.enter_context(adapter.use(cache, dtype)))
         yield view
+
+
+def pictures_shown(
+    adapters: Sequence[Adapter], component: str, place: Any, batch: int
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """What all adapters have to show to ``component``, one tensor (batch, ...) for each, and in place of it.
+
+    place: the module, for its device and dtype.
+    """
+    shown = [adapter.shown() for adapter in adapters if adapter.acts_on(component)]
+    pairs = [pair for pair in shown if pair is not None]
+    if not pairs:
+        return None
+
+    def placed(side: Tensor) -> Tensor:
+        return side.to(place.device, place.dtype).expand(batch, *side.shape[1:])
+
+    return [placed(embeds) for embeds, _ in pairs], [placed(negative) for _, negative in pairs]
 
 
 def private_view(module: nn.Module) -> Any:

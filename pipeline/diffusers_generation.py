@@ -40,11 +40,13 @@ def draw(
     width: int,
     height: int,
     source: Source | None,
+    image_embeds: tuple[list[Tensor], list[Tensor]] | None = None,
     on_step: Look,
 ) -> Tensor:
     """Latents as ``decode_latents`` takes them, one for each entry of the condition and of the source.
 
-    Picture i draws everything from a generator seeded ``seed + i``. Raises ValueError where diffusers cannot draw so.
+    Picture i draws everything from a generator seeded ``seed + i``. image_embeds: of pictures that IP-Adapters show,
+    one tensor for each of them, and in place of them. Raises ValueError where diffusers cannot draw so.
     """
     family = checkpoint.family
     name = "unet" if checkpoint.has("unet") else "transformer"
@@ -68,6 +70,8 @@ def draw(
         arguments["intermediate_timesteps"] = None  # of Sana-Sprint, which has one for two steps only
     arguments = {name: value for name, value in arguments.items() if name in accepted}
     arguments |= _guidance(checkpoint, conditioning, guidance_scale, denoiser)
+    if image_embeds is not None:
+        arguments |= _shown(image_embeds, "negative_prompt_embeds" in arguments, accepted)
     if source is None:
         arguments["latents"] = _start(pipeline, vae, family.latents, (height, width), own).to(
             denoiser.device, denoiser.dtype
@@ -122,6 +126,15 @@ def _guidance(checkpoint: Checkpoint, conditioning: FusedConditioning, scale: fl
         for path, name in family.arguments.items():
             found[prefix + name] = _told(side, path, denoiser, family.listed)
     return found
+
+
+def _shown(image_embeds: tuple[list[Tensor], list[Tensor]], steers: bool, accepted: Any) -> dict[str, Any]:
+    """The first entry of each, since the pipelines repeat it for the batch."""
+    shown, hidden = ([one[:1] for one in side] for side in image_embeds)
+    if "negative_ip_adapter_image_embeds" in accepted:
+        return {"ip_adapter_image_embeds": shown, "negative_ip_adapter_image_embeds": hidden}
+    both = [torch.cat(pair) for pair in zip(hidden, shown, strict=True)] if steers else shown
+    return {"ip_adapter_image_embeds": both}
 
 
 def _told(conditioning: FusedConditioning, path: str, denoiser: Any, listed: bool) -> Tensor | list[Tensor]:

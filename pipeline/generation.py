@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .adapters import pictures_shown
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, Pictures
 from .diffusers_generation import Source, draw
@@ -117,6 +118,7 @@ def _draw(
             if on_step is not None:
                 on_step(step, total, lambda: preview(vae, latents()))
 
+        shown = pictures_shown(checkpoint.adapters, name, denoiser, conditioning.tokens.shape[0])
         if family.own_sampler and source is None:
             _check_channels(checkpoint, denoiser)
             sources = generators(seed, conditioning.tokens.shape[0])
@@ -131,6 +133,7 @@ def _draw(
                 start_noise=family.start_noise,
                 generators=sources,
                 sigmas=sigmas,
+                image_embeds=shown,
                 on_step=lambda step, total, now: look(step, total, lambda: now),
             )
         else:
@@ -145,6 +148,7 @@ def _draw(
                 width=frame.width,
                 height=frame.height,
                 source=source,
+                image_embeds=shown,
                 on_step=look,
             )
     if not torch.isfinite(latents).all():

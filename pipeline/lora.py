@@ -57,6 +57,9 @@ class Lora:
     def acts_on(self, component: str) -> bool:
         return self.strength != 0 and component in self.targets
 
+    def shown(self) -> None:
+        return None
+
     def use(self, cache: ModelCache, dtype: torch.dtype) -> AbstractContextManager[Any]:
         """On the cache's device, and pinned, while in the block: one copy, whatever the strength and the prompt."""
         layout = f"LoRA for {self.pipeline}, {self.layers_per_block} layers a block"

@@ -22,7 +22,7 @@ _UNET, _FLUX, _FLUX2, _SD3 = (
 _IN_ONE_ROW = frozenset(
     {"HunyuanDiT2DModel", "PixArtTransformer2DModel", "SanaTransformer2DModel", "Transformer2DModel"}
 )
-_UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 # What is stored beside or in place of the two factors of a LoRA (arXiv 2106.09685) by methods that are not one.
 _OTHER_METHODS = {
     "dora_scale": "DoRA",
@@ -79,7 +79,7 @@ def made_for(shapes: Shapes) -> MadeFor | None:
         return MadeFor("Z-Image", frozenset({"ZImageTransformer2DModel"}))
     if has("down_blocks_", "up_blocks_", "mid_block_", "input_blocks_", "output_blocks_", "middle_block_"):
         width = next((shape[1] for key, shape in shapes.items() if _hears_words(key, shape)), None)
-        return MadeFor(_UNETS.get(width or 0, "Stable Diffusion"), frozenset({_UNET}), width)
+        return MadeFor(UNETS.get(width or 0, "Stable Diffusion"), frozenset({_UNET}), width)
     if has("img_mlp_net", "txt_mlp_net", "img_mod_1"):
         return MadeFor("Qwen-Image", frozenset({"QwenImageTransformer2DModel"}))
     if has("joint_blocks_"):

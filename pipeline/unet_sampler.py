@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .conditioning import FusedConditioning
 
+Shown = tuple[list[Tensor], list[Tensor]]
+
 
 def denoise(
     unet: Any,
@@ -24,6 +26,7 @@ def denoise(
     start_noise: float,
     generators: list[torch.Generator],
     sigmas: Sequence[float] | None = None,
+    image_embeds: Shown | None = None,
     on_step: Callable[[int, int, Tensor], None],
 ) -> Tensor:
     """Noise (B, C, h, w) -> latents, for a condition of B entries on the same device.
@@ -31,7 +34,8 @@ def denoise(
     With a grid, the walk starts at the mean picture plus a little noise (arXiv 2310.03725) and the denoiser sees that
     mean in its channels; without one, it starts at noise alone. guidance_scale above 1 steers away from the negative
     (arXiv 2207.12598). generators: for schedulers that add noise of their own. sigmas: in place of the scheduler's own
-    steps, for Euler's method, from the first to the last.
+    steps, for Euler's method, from the first to the last. image_embeds: of pictures that an IP-Adapter shows, and in
+    place of them.
     """
     negative = conditioning.negative
     grid = _on_grid(conditioning)
@@ -46,12 +50,13 @@ def denoise(
     else:
         scheduler.set_timesteps(num_inference_steps, device=noise.device)
         latents = noise * scheduler.init_noise_sigma
+    shown, hidden = image_embeds or (None, None)
     options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for number, timestep in enumerate(scheduler.timesteps):
         seen = latents if grid is not None else scheduler.scale_model_input(latents, timestep)
-        predicted = _predict(unet, seen, timestep, conditioning.tokens, grid)
+        predicted = _predict(unet, seen, timestep, conditioning.tokens, grid, shown)
         if guidance_scale > 1 and negative is not None:
-            away = _predict(unet, seen, timestep, negative.tokens, _on_grid(negative))
+            away = _predict(unet, seen, timestep, negative.tokens, _on_grid(negative), hidden)
             predicted = away + guidance_scale * (predicted - away)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **options)[0]
         on_step(number + 1, len(scheduler.timesteps), latents)
@@ -75,9 +80,12 @@ def _along(sigmas: Sequence[float], scheduler: Any, device: torch.device) -> tup
     return euler, math.sqrt(1 + first**2) if first > top or math.isclose(first, top, rel_tol=1e-5) else first
 
 
-def _predict(unet: Any, latents: Tensor, timestep: Tensor, tokens: Tensor, grid: Tensor | None) -> Tensor:
+def _predict(
+    unet: Any, latents: Tensor, timestep: Tensor, tokens: Tensor, grid: Tensor | None, shown: list[Tensor] | None
+) -> Tensor:
     seen = latents if grid is None else torch.cat([latents, grid], dim=1)
-    return unet(seen, timestep, encoder_hidden_states=tokens, return_dict=False)[0]
+    added = None if shown is None else {"image_embeds": shown}
+    return unet(seen, timestep, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def _on_grid(conditioning: FusedConditioning) -> Tensor | None:
