@@ -16,7 +16,7 @@ from .stock import (
     DuetFeaturesToStock,
     DuetModelToStock,
 )
-from .text import DuetEmbedText
+from .text import DuetEmbedText, DuetTextEncoder
 from .vision import DuetImageFeatures, DuetPrepareImage
 
 NODES: list[type] = [
@@ -39,6 +39,7 @@ NODES: list[type] = [
     DuetEmbedTextByClip,
     DuetFeaturesFromStock,
     DuetFeaturesToStock,
+    DuetTextEncoder,
 ]
 
 
