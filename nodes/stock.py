@@ -181,11 +181,9 @@ class DuetFeaturesFromStock(io.ComfyNode):
         return check_choice("Image features from stock nodes", "layer", layer, LAYERS)
 
     @classmethod
-    def execute(cls, clip_vision_output, layer: str, encoder: str):
+    def execute(cls, vision, layer: str, encoder: str):
         with stage("Image features from stock nodes", "conversion") as done:
-            features = image_features_from(
-                clip_vision_output[layer], clip_vision_output["image_embeds"], encoder, layer
-            )
+            features = image_features_from(vision[layer], vision["image_embeds"], encoder, layer)
         return io.NodeOutput(features, ui=done.ui())
 
 
