@@ -119,8 +119,9 @@ def _draw(
                 on_step(step, total, lambda: preview(vae, latents()))
 
         shown = pictures_shown(checkpoint.adapters, name, denoiser, conditioning.tokens.shape[0])
+        if name == "unet" and family.tasks is not None:
+            _check_channels(checkpoint, denoiser, source)
         if family.own_sampler and source is None:
-            _check_channels(checkpoint, denoiser)
             sources = generators(seed, conditioning.tokens.shape[0])
             shape = (channels_of(vae), frame.height // family.downscale, frame.width // family.downscale)
             latents = denoise(
@@ -271,12 +272,12 @@ def _check_sigmas(checkpoint: Checkpoint, sigmas: Sequence[float], image: Tensor
         raise ValueError(f"expected 2 to {MOST_STEPS + 1} falling sigmas, got {len(sigmas)}: {quoted}")
 
 
-def _check_channels(checkpoint: Checkpoint, unet: Any) -> None:
+def _check_channels(checkpoint: Checkpoint, unet: Any, source: Source | None) -> None:
     extra = unet.config.in_channels - unet.config.out_channels
-    if checkpoint.family.tasks is not None and extra:
+    if extra and (source is None or source.mask is None):
         raise ValueError(
             f"expected a picture and a mask for {checkpoint.folder.name}, whose denoiser has {extra} channels for "
-            "them; got words alone"
+            f"them; got {'words' if source is None else 'a picture'} alone"
         )
 
 

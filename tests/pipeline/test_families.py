@@ -1,5 +1,6 @@
 """Every family end to end on diffusers' real classes at tiny sizes: words, a picture, and a mask become pictures."""
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache as once
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.conditioning import FusedConditioning, Pictures
@@ -231,6 +233,37 @@ def test_stable_diffusion_3_does_without_its_largest_encoder(warm: ModelCache, t
     assert generate(warm, checkpoint, words, seed=0, **FRAME).pixels.shape == (1, 3, 64, 96)
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_an_inpainting_model_wants_a_picture_and_a_mask(warm: ModelCache, tmp_path: Path, name: str):
+    folder = save_family(name, tmp_path / name)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel.from_config(config | {"in_channels": 9})
+    unet.save_pretrained(str(folder / "unet"))
+    checkpoint = open_checkpoint(folder)
+    words = condition(warm, checkpoint)
+    for given, said in (({}, "words alone"), ({"image": picture()}, "a picture alone")):
+        with pytest.raises(ValueError, match=f"whose denoiser has 5 channels for them; got {said}"):
+            generate(warm, checkpoint, words, seed=0, **framed(**given))
+    first, other = (
+        generate(warm, checkpoint, words, seed=0, **framed(image=picture(seed), mask=right_half())).pixels[..., 48:]
+        for seed in (0, 1)
+    )
+    assert not same(first, other)  # the denoiser sees what is around the hole
+
+
+def test_a_distilled_klein_has_no_guidance(warm: ModelCache, tmp_path: Path):
+    folder = save_family("flux2_klein", tmp_path / "klein")
+    for distilled in (True, False):
+        edit_index(folder, is_distilled=distilled)
+        checkpoint = open_checkpoint(folder)
+        words = condition(warm, checkpoint)
+        plain, steered = (
+            generate(warm, checkpoint, words, seed=5, guidance_scale=scale, **FRAME).pixels for scale in (1.0, 6.0)
+        )
+        assert torch.equal(plain, steered) == distilled
+
+
 # --- what goes wrong ---
 
 
@@ -366,3 +399,20 @@ def test_sizes_of_a_family_are_rounded_and_told(warm: ModelCache, family: Callab
     drawn = generate(warm, checkpoint, condition(warm, checkpoint), seed=0, **framed(width=100, height=60))
     assert drawn.pixels.shape == (1, 3, 64, 96)
     assert any("100x60 rounded to 96x64, multiples of 32" in notice for notice in drawn.notices)
+
+
+def test_the_table_says_what_is_tested():
+    table = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ") and "`[" in line]
+    heads = next(line for line in table.splitlines() if line.startswith("| family"))
+    for test in (
+        test_words_become_pictures,
+        test_a_picture_becomes_another,
+        test_only_what_the_mask_covers_is_drawn_anew,
+    ):
+        assert f"`{test.__name__}`" in heads
+    cases = {row[1].strip("`[]"): row for row in rows}
+    assert cases.keys() == set(NAMES)
+    for name, row in cases.items():
+        told = [cell if cell == "no pipeline" else cell.strip("`[]") for cell in row[1:4]]
+        assert told == [name, *(name if name in there else "no pipeline" for there in (FROM_PICTURE, INPAINT))]
