@@ -22,6 +22,7 @@ class DuetCompare:
         report = {
             "shapes": [list(one.shape), list(other.shape)],
             "apart": float((one - other).abs().max()) if one.shape == other.shape else -1.0,
+            "apart_on_average": float((one - other).abs().mean()) if one.shape == other.shape else -1.0,
             "deviation": float(one.std()),
             "finite": bool(torch.isfinite(one).all() and torch.isfinite(other).all()),
         }
