@@ -2,10 +2,10 @@
 
 aba_third_over_warm: a whole run of a model after another one was used, over a run straight after its own; two copies of
 the built-in model with different weights, in memory together, medians of interleaved runs. shared_component_*: two
-checkpoints with the same text encoder and autoencoder; bytes saved, and those that are equal. embed_*: one prompt of the
-store, against reading a text encoder of CLIP-L's size (123 million parameters, random) and encoding; the hit after a
-restart is the first of a new process, its libraries imported. leak_bytes_after_50: bytes of all tensors alive after 50
-further runs of models in turn that do not fit together. evictions_over_optimal: bytes that ModelCache loads over the
+checkpoints with the same text encoder and autoencoder; bytes saved, and those that are equal. embed_*: a prompt in
+the store, against reading a text encoder of CLIP-L's size (123 million parameters, random) and encoding; the hit after
+a restart is the first of a new process, its libraries imported. leak_bytes_after_50: bytes of all tensors alive after
+50 further runs of models in turn that do not fit together. evictions_over_optimal: bytes that ModelCache loads over the
 fewest possible, the median of nine sessions of 1,000 uses under 48 GB, see cache_sessions.py.
 ``python -m benchmarks cache`` prints one JSON line last.
 """
@@ -23,7 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -55,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.hit:
         print(_first_hit(*chosen.hit))
         return
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         told = measure_evictions()

@@ -97,7 +97,7 @@ def stays_inside(name: str) -> bool:
 def _looked_at(wanted: WantedFile, folder: str, path: Path) -> Finding:
     note, status = "", "found"
     try:
-        if path.is_dir():
+        if path.is_dir() and folder == "diffusers":
             open_checkpoint(path)
         elif path.suffix in (".safetensors", ".sft"):
             check_weights(path)

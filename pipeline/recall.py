@@ -24,9 +24,9 @@ def recalled(store: EmbeddingStore, encode: Callable[P, E], *arguments: P.args, 
     """``encode(*arguments, **options)``, or what it gave for them when they were last the same.
 
     encode: such as ``encode_prompt`` or ``encode_image``, whose result depends on nothing else. Of a checkpoint among
-    the arguments, the encoders' files count, by name, size and time of change, and its own name, since the space that
-    embeddings carry has it; of a model cache, its device. Raises what ``encode`` raises, and TypeError for an argument
-    that cannot be told.
+    the arguments, the content of its encoders and the files beside them count, what is laid over it, and its own name,
+    since the space that embeddings carry has it; of a model cache, its device. Raises what ``encode`` raises, and
+    TypeError for an argument that cannot be told.
     """
     parts = (encode.__module__.rpartition(".")[2], encode.__qualname__, _told(arguments), _told(options))
     caches = [argument for argument in arguments if isinstance(argument, ModelCache)]
@@ -40,7 +40,7 @@ def _told(value: Any) -> Any:
         return str(value.residency.device.type)
     if isinstance(value, Checkpoint):
         encoders = {
-            name: (part.library, part.class_name, part.digest, _files(part.weights), _files(_beside(part.config)))
+            name: (value.digests.of(part).digest if part.weights else part.class_name, _files(_beside(part.config)))
             for name, part in value.components.items()
             if name.startswith(WORDS + PICTURES)
         }

@@ -47,7 +47,15 @@ _KNOWN: dict[str, tuple[tuple[int, str, str], ...]] = {
     "UpscaleModelLoader": ((0, "model_name", "upscale_models"),),
     "VAELoader": ((0, "vae_name", "vae"),),
     "unCLIPCheckpointLoader": _CHECKPOINT,
-    "DuetLoadModel": ((0, "model", "diffusers"),),
+    "DuetDirectPrompt": ((0, "language_model", "text_encoders"),),
+    "DuetFuse": ((2, "projection", "style_models"),),
+    "DuetImageFeatures": ((0, "encoder", "clip_vision"),),
+    "DuetLoadEmbeddings": ((0, "file", "input"),),
+    "DuetLoadModel": (
+        *((0, "model", "diffusers"), (1, "text_encoder", "text_encoders"), (2, "text_encoder_2", "text_encoders")),
+        *((3, "text_encoder_3", "text_encoders"), (4, "vae", "vae")),
+    ),
+    "DuetTextEncoder": ((0, "text_encoder", "text_encoders"),),
 }
 # Of every other node, since packs name their inputs as the host does.
 _BY_INPUT = {name: folder for inputs in _KNOWN.values() for _, name, folder in inputs if name.endswith("_name")} | {
@@ -59,7 +67,10 @@ _BY_INPUT = {name: folder for inputs in _KNOWN.values() for _, name, folder in i
 }
 # Choices that name no file: VAELoader builds these from models/vae_approx or from nothing.
 _NO_FILE = {"taesd", "taesdxl", "taesd3", "taef1", "pixel_space", "none", "[none]", "default", "auto", "baked vae"}
-_NO_FILE |= {"duet-mini (built in)"}
+# Those of Duet's own blocks.
+_NO_FILE |= {"duet-mini (built in)", "automatic", "model", "efficientnet-lite0", "none (the brief as it is)"}
+# How Load model names a file that lies in another folder than the models it first knew.
+_IN_FOLDER = ("checkpoints/", "diffusion_models/")
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,8 @@ def wanted_files(nodes: list[WorkflowNode]) -> list[WantedFile]:
             folder = folders.get(key, ANY_FOLDER) or declared.get(name, ANY_FOLDER)
             if folder == ANY_FOLDER and not name.lower().endswith(MODEL_SUFFIXES):
                 continue
+            if node.type == "DuetLoadModel" and name.startswith(_IN_FOLDER) and name.endswith(".safetensors"):
+                folder, _, name = name.partition("/")
             found[WantedFile(str(node), folder, name)] = None
         named = {wanted.name for wanted in found}
         for name, folder in node.models:

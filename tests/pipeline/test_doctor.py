@@ -89,6 +89,17 @@ def test_the_page_s_format_names_the_same():
     assert wanted(page_workflow()) == WANTED
 
 
+def test_duets_own_blocks_name_files_too():
+    load = {"model": "checkpoints/a/flux.safetensors", "text_encoder": "t5.safetensors", "vae": "automatic"}
+    inputs = {"DuetLoadModel": load, "DuetImageFeatures": {"encoder": "dino"}, "DuetFuse": {"projection": "none"}}
+    inputs |= {"DuetLoadEmbeddings": {"file": "embeddings/rose.safetensors [output]"}}
+    workflow = {name: {"class_type": name, "inputs": values} for name, values in inputs.items()}
+    assert wanted(workflow) == {
+        ("checkpoints", "a/flux.safetensors"), ("text_encoders", "t5.safetensors"), ("clip_vision", "dino"),
+        ("input", "embeddings/rose.safetensors [output]"),
+    }  # fmt: skip
+
+
 def test_nodes_in_subgraphs_count_too():
     inner = {"id": 1, "type": "LoraLoader", "widgets_values": ["inner.safetensors", 1, 1]}
     graph = {"id": "a", "nodes": [inner]}
