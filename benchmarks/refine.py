@@ -39,6 +39,7 @@ from .mini_quality import SEED, Question, questions_of
 
 BATCH = 10
 SHOWN = 10  # columns of the sheet
+LOOKED_AT = 60  # pairs on which the method was chosen; those measured come after
 WAYS = ("before", "refined", "random", "line")
 
 
@@ -46,7 +47,7 @@ def measure(
     folder: Path, work: Path, count: int, sheet: Path | None, **options: Any
 ) -> dict[str, float | dict[str, float]]:
     bench = _Bench(folder, load_pictures(work))
-    questions = questions_of(bench.pictures, count)["seen"]
+    questions = questions_of(bench.pictures, LOOKED_AT + count)["seen"][LOOKED_AT:]
     parts = [bench.run(questions[place : place + BATCH], **options) for place in range(0, len(questions), BATCH)]
     found = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key not in ("losses", "seconds")}
     if sheet is not None:
