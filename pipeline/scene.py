@@ -41,9 +41,11 @@ class Scene(BaseModel):
 
     @property
     def negative_prompt(self) -> str:
-        """Without what the prompt asks for, which a small model also puts here."""
+        """Without what the prompt asks for, or begins with: a small model repeats itself here."""
         asked = self.prompt.casefold()
-        return joined(word for word in self.avoid if word.casefold() not in asked)
+        parts = tuple(asked.split(", "))
+        words = [(word, word.casefold()) for word in self.avoid]
+        return joined(word for word, plain in words if plain not in asked and not plain.startswith(parts))
 
     def as_json(self) -> str:
         return json.dumps(self.model_dump(), ensure_ascii=False, indent=1)

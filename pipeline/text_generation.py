@@ -39,12 +39,7 @@ class Writer:
         known = inspect.signature(module.prepare_inputs_for_generation).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
         self._ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        window = getattr(module.config, "max_position_embeddings", None) or len(self._ids) + room
-        if len(self._ids) + room > window:
-            raise ValueError(
-                f"expected a brief and new tokens that fit the model's window of {window:,} tokens, got "
-                f"{len(self._ids):,} tokens with the instructions, and {room:,} new ones"
-            )
+        self._check_room(len(self._ids), room)
         told = module.generation_config.eos_token_id
         ends = [tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
         self._ends = sorted({number for number in ends if isinstance(number, int)})
@@ -61,6 +56,7 @@ class Writer:
         If neither did within ``max_new_tokens``, the last word, or what follows the last comma, is half and left out.
         """
         ids = self._ids + self.tokenizer(start, add_special_tokens=False).input_ids
+        self._check_room(len(ids), max_new_tokens)
         device = self.module.device
         everything = torch.tensor([ids], device=device)
         with torch.inference_mode():
@@ -85,6 +81,14 @@ class Writer:
             )
         whole = ends(watch.text) or int(ids_after[0, -1]) in self._ends
         return watch.text if whole else _without_half(watch.text)
+
+    def _check_room(self, there: int, new: int) -> None:
+        window = getattr(self.module.config, "max_position_embeddings", None)
+        if window and there + new > window:
+            raise ValueError(
+                f"expected a brief and new tokens that fit the model's window of {window:,} tokens, got {there:,} "
+                f"tokens with the instructions, and {new:,} new ones"
+            )
 
 
 def _without_half(text: str) -> str:

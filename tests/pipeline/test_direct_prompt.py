@@ -301,7 +301,7 @@ def test_what_is_no_scene_is_refused_soon(answer: str, message: str):
 
 
 def test_what_is_asked_for_is_not_also_avoided():
-    scene = parse_scene(json.dumps({**SCENE, "avoid": ["Cat", "text", "TEXT"]}))
+    scene = parse_scene(json.dumps({**SCENE, "avoid": ["Cat", "inks", "text", "TEXT"]}))
     assert scene.negative_prompt == "text"
 
 
