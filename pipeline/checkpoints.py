@@ -20,7 +20,7 @@ from .model_cache import ModelCache, ModelKey
 from .residency import is_out_of_memory
 from .safetensors_files import CheckpointError, read_json, shown
 from .single_file import open_single_file
-from .single_file_weights import build as build_from_single_file
+from .single_file_weights import build
 
 __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]
 
@@ -87,8 +87,9 @@ class Checkpoint:
         check_model(part.config, part.weights)  # again: they may have been replaced since the folder was opened
         try:
             with building, torch.inference_mode(False):
-                build = build_from_single_file if part.form else _build_from_folder
-                module = build(part, dtype or torch.float32)
+                by_diffusers = part.library in ("diffusers", "duet")
+                build_part = build if part.form or by_diffusers else _from_pretrained
+                module = build_part(part, dtype or torch.float32)
                 _own(module)
         except (*LOADING_ERRORS, SafetensorError) as error:
             if is_out_of_memory(error) or isinstance(error, CheckpointError):
@@ -174,7 +175,8 @@ def _checkpoint(
     return Checkpoint(path, family, components, identity, index, digests=digests or Digests())
 
 
-def _build_from_folder(part: Component, dtype: torch.dtype) -> nn.Module:
+def _from_pretrained(part: Component, dtype: torch.dtype) -> nn.Module:
+    """A folder of transformers, which makes a network without memory first and knows all its older names."""
     module, report = part.load_class().from_pretrained(
         str(part.folder),
         use_safetensors=True,
@@ -182,8 +184,6 @@ def _build_from_folder(part: Component, dtype: torch.dtype) -> nn.Module:
         variant=part.variant,
         output_loading_info=True,
         dtype=dtype,
-        # Its other way needs a further package, and patches nn.Module while it runs.
-        **({"low_cpu_mem_usage": False} if part.library in ("diffusers", "duet") else {}),
     )
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if lacking:

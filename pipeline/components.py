@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,10 @@ _TOKENIZER_FILES = (
 )
 
 _MOST_TRAIN_STEPS = 100_000
+# A configuration's numbers that are widths of its network, which is made before its weights are seen not to fit. The
+# widest dimension of published models is a vocabulary's.
+_WIDTH = re.compile(r"dim|channels|hidden_size|intermediate_size|vocab_size|width|d_model|d_ff|d_kv")
+_WIDEST = 2**18
 
 
 @dataclass(frozen=True)
@@ -166,10 +171,11 @@ def _open_model(name: str, library: str, class_name: str, folder: Path) -> Compo
 def check_model(config: Path, weights: Iterable[Path]) -> str:
     """Check the headers of a model's weights, and its configuration against them; gives the digest of the weights.
 
-    A configuration is refused if it could fetch code, or would build more layers than the weights could ever fill.
+    A configuration is refused if it could fetch code, or would build a network that the weights could never fill.
     """
     files = [check_weights(path) for path in weights]
     tensors = sum(file.tensors for file in files)
+    largest = max((size for file in files for entry in file.entries.values() for size in entry.shape), default=0)
     for key, value in _walk(read_json(config)):
         # transformers takes a name with a slash for a repository, from which it fetches a compiled kernel.
         if key.endswith("attn_implementation") and value not in (None, "eager", "sdpa"):
@@ -178,6 +184,8 @@ def check_model(config: Path, weights: Iterable[Path]) -> str:
             raise CheckpointError(f"{config}: expected plain weights, found quantised ones")
         if ("layers" in key or "depth" in key) and isinstance(value, int) and value > tensors:
             raise CheckpointError(f"{config}: expected {key} to suit weights of {tensors} tensors, found {value}")
+        if _WIDTH.search(key) and isinstance(value, int) and value > max(_WIDEST, largest):
+            raise CheckpointError(f"{config}: expected {key} to suit weights up to {largest} wide, found {value}")
     return hashlib.sha256("".join(f"{file.size}:{file.digest};" for file in files).encode()).hexdigest()
 
 

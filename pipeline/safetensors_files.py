@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 # The format allows headers of 100 MB. The largest models' are below 2 MB, and parsing JSON takes many times its size.
 LARGEST_HEADER = 16 * 2**20
 MOST_ENTRIES = 100_000
+_MOST_NOTES = 400_000
 _MOST_DIMENSIONS = 16
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -129,6 +130,10 @@ def _header(path: Path, file: BinaryIO, size: int) -> bytes:
     # Counted before parsing, and counting too much: braces inside strings do not open an object.
     if (opened := header.count(b"{")) > MOST_ENTRIES:
         raise CheckpointError(f"{path}: expected at most {MOST_ENTRIES:,} tensors, the header lists {opened:,}")
+    # A tensor has four names and hardly more than twelve commas; notes on training, in strings, have many of both.
+    for mark, each in ((b":", 5), (b",", 12)):
+        if (values := header.count(mark)) > each * opened + _MOST_NOTES:
+            raise CheckpointError(f"{path}: expected tensors, the header lists {values:,} values of {opened:,} tensors")
     return header
 
 

@@ -1,4 +1,4 @@
-"""One component read from a single file: its tensors alone, renamed as diffusers and transformers name them."""
+"""One component read from its files: its tensors alone, renamed as diffusers and transformers name them."""
 
 import importlib
 import threading
@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from .components import Component
 from .safetensors_files import CheckpointError, check_weights, read_json
@@ -23,14 +24,17 @@ _NO_WEIGHTS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant", *_S
 
 
 def build(part: Component, dtype: torch.dtype) -> nn.Module:
-    """Reads no other component's tensors. The caller holds the lock on building. Raises CheckpointError."""
+    """Reads no other component's tensors. The caller holds the lock on building. Raises CheckpointError.
+
+    Nothing is initialised only to be overwritten, and a network that the weights could not fill takes no memory.
+    """
     config = read_json(part.config) | dict(part.options)
-    tensors = CONVERTERS[part.form](read_tensors(part, dtype), config)
+    tensors = CONVERTERS[part.form or "as_is"](read_tensors(part, dtype), config)
     build_with = _transformers if part.library == "transformers" else _diffusers
     module, lacking = build_with(part.load_class(), config, tensors, dtype)
     if lacking:
         raise CheckpointError(
-            f"{part.weights[0]}: expected the weights of a {part.class_name}; {len(lacking)} are missing or of another "
+            f"{part.where}: expected the weights of a {part.class_name}; {len(lacking)} are missing or of another "
             f"shape, the first being {sorted(lacking)[0]}"
         )
     return module
@@ -38,26 +42,26 @@ def build(part: Component, dtype: torch.dtype) -> nn.Module:
 
 def read_tensors(part: Component, dtype: torch.dtype) -> Tensors:
     """The component's tensors by their names less the prefix. 8-bit ones are multiplied out to ``dtype``."""
-    path = part.weights[0]
-    entries = check_weights(path).entries
-    names = [name for name in entries if name.startswith(part.prefix)]
-    for name in names:
-        # Four bits of two values in a byte, or blocks with their own scales.
-        if name.endswith(".weight_scale_2") or (name.endswith(".weight") and entries[name].dtype in ("U8", "I8")):
-            raise CheckpointError(f"{path}: expected plain weights or scaled 8-bit floats, found the quantised {name}")
     tensors: Tensors = {}
-    with safe_open(path, framework="pt") as file:
+    for path in part.weights:
+        entries = check_weights(path).entries
+        names = [name for name in entries if name.startswith(part.prefix)]
         for name in names:
-            if name.endswith(_NO_WEIGHTS):
-                continue
-            tensor = file.get_tensor(name)
-            if entries[name].dtype.startswith("F8"):
-                tensor = tensor.to(dtype)
-                stem = name.removesuffix(".weight")
-                for scale in (f"{stem}{end}" for end in _SCALES):
-                    if scale in entries:
-                        tensor *= file.get_tensor(scale).to(dtype)
-            tensors[name.removeprefix(part.prefix)] = tensor
+            # Four bits of two values in a byte, or blocks with their own scales.
+            if name.endswith(".weight_scale_2") or (name.endswith(".weight") and entries[name].dtype in ("U8", "I8")):
+                raise CheckpointError(f"{path}: expected plain weights or scaled 8-bit floats, found quantised {name}")
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                if name.endswith(_NO_WEIGHTS):
+                    continue
+                tensor = file.get_tensor(name)
+                if entries[name].dtype.startswith("F8"):
+                    tensor = tensor.to(dtype)
+                    stem = name.removesuffix(".weight")
+                    for scale in (f"{stem}{end}" for end in _SCALES):
+                        if scale in entries:
+                            tensor *= file.get_tensor(scale).to(dtype)
+                tensors[name.removeprefix(part.prefix)] = tensor
     return tensors
 
 
@@ -162,6 +166,7 @@ def _transformers(cls: Any, config: dict[str, Any], tensors: Tensors, dtype: tor
 def _diffusers(cls: Any, config: dict[str, Any], tensors: Tensors, dtype: torch.dtype) -> tuple[Any, list[str]]:
     with _parameters_without_memory():
         module = cls.from_config(config)
+    module._fix_state_dict_keys_on_load(tensors)  # the names that older versions gave to attention
     as_float32 = tuple(cls._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
     wanted = module.state_dict()
     given: Tensors = {}
@@ -173,10 +178,19 @@ def _diffusers(cls: Any, config: dict[str, Any], tensors: Tensors, dtype: torch.
     lacking = [name for name in wanted if name not in given]
     if not lacking:
         module.load_state_dict(given, assign=True)
-        for name, buffer in module.named_buffers():  # tables that are no part of a file keep their precision
-            if name in given and buffer.is_floating_point() and buffer.dtype != given[name].dtype:
-                buffer.data = given[name]
+        for name, table in module.named_buffers():  # those that are no part of a file
+            if name not in given and table.is_floating_point():
+                table.data = table.to(dtype)
     return module, lacking
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """What layers make their weights with: it would ask for memory, though none of it is ever touched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty and (kwargs or {}).get("device") is None:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -188,12 +202,13 @@ def _parameters_without_memory() -> Iterator[None]:
     thread = threading.get_ident()
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or threading.get_ident() != thread:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None  # registered as it is
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(on_meta)  # pyright: ignore[reportArgumentType]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         handle.remove()

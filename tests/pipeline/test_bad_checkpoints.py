@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import socket
 import time
 import tracemalloc
@@ -191,8 +192,11 @@ def test_an_index_that_is_no_index(mini: Path, text: str):
         ("text_encoder", {"num_hidden_layers": 10**9}, ["num_hidden_layers", "found 1000000000"]),
         ("image_encoder", {"depths": [1, 10**9]}, ["depths", "found 1000000000"]),
         ("unet", {"layers_per_block": 10**9}, ["layers_per_block", "found 1000000000"]),
+        ("unet", {"block_out_channels": [10**9, 8]}, ["block_out_channels", "found 1000000000"]),
+        ("text_encoder", {"hidden_size": 10**9}, ["hidden_size", "found 1000000000"]),
+        ("fusion", {"width": 10**12}, ["width", "found 1000000000000"]),
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_a_config_that_would_fetch_code_or_never_end(mini: Path, component: str, changes: dict, parts: list[str]):
     config = mini / component / "config.json"
@@ -250,6 +254,15 @@ def test_weights_of_another_shape(mini: Path, cache: ModelCache, component: str)
     }
     save_file(weights, path, metadata={"format": "pt"})
     build_refused(checkpoint, cache, component, checkpoint.components[component].class_name)
+
+
+def test_a_config_of_a_network_that_would_fill_the_memory(mini: Path, cache: ModelCache):
+    """200,000 squared is 160 GB."""
+    config = mini / "fusion/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"width": 200_000, "hidden": 200_000}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    build_refused(open_checkpoint(mini), cache, "fusion", "are missing or of another shape")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # in KB
 
 
 def test_weights_spoiled_after_opening(mini: Path, cache: ModelCache):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from pipeline.components import Component
+from pipeline.fusion import fuse
+from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
 from pipeline.single_file import CONFIGS, fitting_files
 from pipeline.single_file_weights import CONVERTERS
+from pipeline.text_encoder import encode_prompt
 from tests.pipeline import single_files as layouts
 from tests.pipeline.family_folders import save_family
 from tests.pipeline.single_files import stored, write
@@ -222,7 +226,7 @@ def test_scaled_8_bit_weights_are_multiplied_out(tmp_path: Path, scale_name: str
         assert torch.equal(built[name], tensor)
     weights["layers.0.feed_forward.w1.weight"] = torch.zeros(4, 4, dtype=torch.uint8)
     save_file({UNET + "layers.9.x.weight": torch.zeros(4, 4, dtype=torch.uint8), **weights}, path)
-    with pytest.raises(CheckpointError, match=r"found the quantised .*layers\.9\.x\.weight"):
+    with pytest.raises(CheckpointError, match=r"found quantised .*layers\.9\.x\.weight"):
         open_checkpoint(path, further, config=folder).build("transformer")
 
 
@@ -416,3 +420,39 @@ def test_a_file_of_full_size_is_known_by_its_header_and_fits_what_ships(tmp_path
         if name.startswith("tokenizer"):
             assert checkpoint.tokenizer(name)("a red rose, 1990", truncation=True)["input_ids"]
     assert checkpoint.scheduler().config.num_train_timesteps == 1000
+
+
+@pytest.mark.parametrize("name", ["sdxl", "z_image"])
+def test_the_picture_is_that_of_the_folder(tmp_path: Path, cache: ModelCache, name: str):
+    pictures = []
+    for checkpoint in opened(name, tmp_path):
+        prompt = encode_prompt(cache, checkpoint, "a red rose", "a blue car")
+        conditioning = fuse(cache, checkpoint, prompt, None)
+        drawn = generate(cache, checkpoint, conditioning, seed=1, num_inference_steps=2, width=64, height=64)
+        pictures.append(drawn.pixels)
+    assert pictures[0].std() > 0
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("bomb", ["90 MB", "a million entries", "trailing bytes"])
+def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, cache: ModelCache, bomb: str):
+    path = tmp_path / "model.safetensors"
+    if bomb == "90 MB":
+        header, told = b'{"a":"' + b" " * (90 * 2**20) + b'"}', "expected a header of at most 16,777,216 bytes"
+    elif bomb == "a million entries":
+        entries = b",".join(b'"%d":0' % number for number in range(10**6))
+        header, told = b"{" + entries + b"}", "lists 1,000,000 values of 1 tensors"
+        del entries
+    else:
+        header, told = b"{}", "3 bytes after its last tensor"
+    data = b"abc" if bomb == "trailing bytes" else b""
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    del header
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match=told):
+        open_checkpoint(path)
+    spent, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert spent < 2 and peak < 64 * 2**20, (spent, peak)
+    assert cache.stats().entries == ()
