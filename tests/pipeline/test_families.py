@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.conditioning import FusedConditioning, Pictures
@@ -21,6 +21,7 @@ from pipeline.model_cache import ModelCache
 from pipeline.residency import OutOfDeviceMemory, TorchResidency
 from pipeline.text_encoder import encode_prompt
 
+from .devices import FakeDevice
 from .family_folders import FAMILY_FOLDERS, save_family
 from .folders import edit_index
 
@@ -262,6 +263,42 @@ def test_a_distilled_klein_has_no_guidance(warm: ModelCache, tmp_path: Path):
             generate(warm, checkpoint, words, seed=5, guidance_scale=scale, **FRAME).pixels for scale in (1.0, 6.0)
         )
         assert torch.equal(plain, steered) == distilled
+
+
+# --- the precision of a GPU, on a device that only counts ---
+
+
+@pytest.mark.parametrize(
+    "name", ["sd15", "sdxl", "kolors", "sd3", "flux_dev", "flux2_klein", "z_image", "sana_sprint", "hunyuan_dit"]
+)
+def test_half_precision_draws_and_stays_as_it_was(family: Callable[[str], Checkpoint], name: str):
+    checkpoint, cache = family(name), ModelCache(FakeDevice(), 2**32)
+    words = condition(cache, checkpoint)
+    half = checkpoint.family.device_dtype
+    assert words.tokens.dtype == half != torch.float32
+    options: list[dict[str, Any]] = [{}]
+    options += [{"image": picture()}] if name in FROM_PICTURE else []
+    options += [{"image": picture(), "mask": right_half()}] if name in INPAINT else []
+    for given in options:
+        drawn = generate(cache, checkpoint, words, seed=0, guidance_scale=3.0, **framed(**given))
+        assert drawn.pixels.dtype == torch.float32 and drawn.pixels.isfinite().all() and drawn.pixels.std() > 0.01
+    for component in ("vae", "unet" if checkpoint.has("unet") else "transformer"):
+        expected = checkpoint.family.vae_dtype or half if component == "vae" else half
+        with checkpoint.use(cache, component, expected) as module:
+            assert module.dtype == expected  # a pipeline may not change what the cache lends
+    assert len(cache.stats().entries) == len({entry.key.component for entry in cache.stats().entries})
+
+
+def test_a_decoder_that_overflows_in_half_precision_is_tried_in_full(tmp_path: Path):
+    folder = save_family("sd15", tmp_path / "sd15")
+    decoder: Any = AutoencoderKL.from_pretrained(str(folder / "vae"))
+    with torch.no_grad():
+        decoder.decoder.conv_in.weight *= 1e6  # inf as float16; what comes after it is normalised
+    decoder.save_pretrained(str(folder / "vae"))
+    checkpoint, cache = open_checkpoint(folder), ModelCache(FakeDevice(), 2**32)
+    assert generate(cache, checkpoint, condition(cache, checkpoint), seed=0, **FRAME).pixels.isfinite().all()
+    used = {entry.key.dtype for entry in cache.stats().entries if entry.key.component == "vae"}
+    assert used == {torch.float16, torch.float32}
 
 
 # --- what goes wrong ---
