@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
+from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    diffusers.logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         told = measure_evictions()

@@ -1,6 +1,7 @@
 """The shared cache as the host sees it: counted to the byte, emptied by its free button, level over many runs."""
 
 import re
+import uuid
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def resident_bytes(host: ComfyServer) -> int:
 
 def test_bytes_counted_are_the_bytes_held(host: ComfyServer, client: Client):
     client.free()
-    cache, probe = reports(client.run(with_reports(demo_prompt(host))))
-    assert len(cache["entries"]) >= 4, "text encoder, image encoder, fusion and denoiser at least"
+    cache, probe = reports(client.run(with_reports(demo_prompt(host, prompt=uuid.uuid4().hex))))
+    assert len(cache["entries"]) >= 4, "text encoder, fusion, denoiser and decoder at least"
     assert cache["bytes_held"] == sum(entry["bytes"] for entry in cache["entries"])
     assert cache["bytes_held"] == probe["bytes_alive"] == probe["host_counts"]
     assert probe["alive"] == len(cache["entries"])
@@ -54,7 +55,7 @@ def test_unload_in_the_graph_leaves_none_alive(host: ComfyServer, client: Client
 
 def test_what_the_graph_does_not_use_is_not_loaded(host: ComfyServer, client: Client):
     client.free()
-    prompt = demo_prompt(host)
+    prompt = demo_prompt(host, prompt=uuid.uuid4().hex)
     del prompt[node_of(prompt, "DuetFuse")]["inputs"]["image_features"]
     cache, _ = reports(client.run(with_reports(prompt)))
     assert "image_encoder" not in {entry["component"] for entry in cache["entries"]}
@@ -62,9 +63,9 @@ def test_what_the_graph_does_not_use_is_not_loaded(host: ComfyServer, client: Cl
 
 
 def test_a_second_run_finds_every_model_warm(host: ComfyServer, client: Client):
-    client.run(demo_prompt(host, seed=1))
+    client.run(demo_prompt(host, seed=1, prompt=uuid.uuid4().hex))
     before, _ = reports(client.run(only_reports()))
-    run = client.run(with_reports(demo_prompt(host, seed=2, prompt="two words")))
+    run = client.run(with_reports(demo_prompt(host, seed=2, prompt=uuid.uuid4().hex)))
     after, _ = reports(run)
     assert (after["misses"], after["bytes_held"]) == (before["misses"], before["bytes_held"])
     assert after["hits"] > before["hits"]
