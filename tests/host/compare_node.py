@@ -30,7 +30,9 @@ class DuetCompare:
 
     @staticmethod
     def _tensor(value):
-        """Of an IMAGE, a LATENT, a CONDITIONING, or prompt embeds."""
+        """Of an IMAGE, a LATENT, a CONDITIONING, a CLIP_VISION_OUTPUT, or embeddings of ours."""
+        if hasattr(value, "image_embeds"):
+            value = value.image_embeds
         if isinstance(value, dict):
             value = value["samples"]
         if isinstance(value, list):

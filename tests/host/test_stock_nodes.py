@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.host.clip_vision_large import save_clip_vision_large
 from tests.host.stable_diffusion_15 import save_scheduler, save_stable_diffusion_15
 from tests.rig.client import Client, Prompt, Run
 from tests.rig.host import COMPARE, ComfyServer
@@ -26,10 +27,11 @@ TELLING = 1e-2  # what a difference that matters is larger than
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The host with 4 GB of weights in its models folder, which go when the tests are done."""
+    """The host with 2.7 GB of weights in its models folder, which go when the tests are done."""
     base = tmp_path_factory.mktemp("full-size")
     folder = save_stable_diffusion_15(base / "models" / "diffusers" / "sd15")
     save_scheduler(folder, timestep_spacing="leading", steps_offset=1000 // STEPS)
+    save_clip_vision_large(base / "models" / "clip_vision" / "vit-l.safetensors")
     try:
         # On the CPU even beside a GPU, where Duet's weights would be halved.
         with ComfyServer(base, beside=(COMPARE,), arguments=("--cpu", "--force-fp32")) as server:
@@ -174,14 +176,45 @@ def test_the_encoders_agree(client: Client):
     assert {name: report["apart"] < AGREE for name, report in found.items()} == dict.fromkeys(found, True)
 
 
-def test_the_vaes_agree_both_ways(client: Client):
-    prompt = both_sides() | {
-        "lent": node("DuetModelToStock", model="duet/0"),
-        "picture": node("EmptyImage", width=SIDE + 12, height=SIDE, batch_size=1, color=0xFF8800),
-        "split": node("EmptyImage", width=SIDE + 12, height=SIDE // 2, batch_size=1, color=0x0044CC),
+def two_colours(width: int, height: int) -> Prompt:
+    """A picture, "drawn"."""
+    return {
+        "picture": node("EmptyImage", width=width, height=height, batch_size=1, color=0xFF8800),
+        "split": node("EmptyImage", width=width, height=height // 2, batch_size=1, color=0x0044CC),
         "drawn": node(
             "ImageCompositeMasked", destination="picture/0", source="split/0", x=8, y=24, resize_source=False
         ),
+    }
+
+
+@pytest.mark.parametrize(("layer", "name"), [(-1, "last_hidden_state"), (-2, "penultimate_hidden_states")])
+def test_the_image_encoders_agree(client: Client, layer: int, name: str):
+    looking = {"region": "white", "style_statistics": False, "batch": "keep"}
+    prompt: Prompt = {
+        "duet": node("DuetLoadModel", model="duet-mini (built in)"),
+        **two_colours(224, 224),
+        "load": node("CLIPVisionLoader", clip_name="vit-l.safetensors"),
+        "seen": node("CLIPVisionEncode", clip_vision="load/0", image="drawn/0", crop="none"),
+        "taken": node("DuetFeaturesFromStock", vision="seen/0", layer=name, encoder="vit-l"),
+        "given": node("DuetFeaturesToStock", image_features="taken/0"),
+        "ours": node(
+            "DuetImageFeatures", model="duet/0", image="drawn/0", encoder="vit-l.safetensors", layer=layer, **looking
+        ),
+        "ours given": node("DuetFeaturesToStock", image_features="ours/0"),
+        "tokens": compare("taken/0", "ours/0"),
+        "pooled": compare("given/0", "seen/0"),
+    }
+    if layer == -1:  # of an earlier layer Duet takes the mean of the tokens
+        prompt["our pooled"] = compare("ours given/0", "seen/0")
+    found = reports(client.run(prompt))
+    assert found.pop("pooled")["apart"] == 0
+    assert all(report["apart"] < AGREE and report["deviation"] > 0.05 for report in found.values()), found
+
+
+def test_the_vaes_agree_both_ways(client: Client):
+    prompt = both_sides() | {
+        "lent": node("DuetModelToStock", model="duet/0"),
+        **two_colours(SIDE + 12, SIDE),
         "ours": node("VAEEncode", pixels="drawn/0", vae="lent/1"),
         "theirs": node("VAEEncode", pixels="drawn/0", vae="stock/2"),
         "our picture": node("VAEDecode", samples="theirs/0", vae="lent/1"),
