@@ -1,5 +1,6 @@
 """The ComfyUI side of Duet: every node, by name. A node converts, calls the pipeline once, and wraps."""
 
+from .adapters import DuetIPAdapter, DuetLoadLora
 from .doctor import DuetDoctor
 from .embeddings import DuetLoadEmbeddings, DuetSaveEmbeddings
 from .fusion import DuetFuse
@@ -40,6 +41,8 @@ NODES: list[type] = [
     DuetFeaturesFromStock,
     DuetFeaturesToStock,
     DuetTextEncoder,
+    DuetLoadLora,
+    DuetIPAdapter,
 ]
 
 
