@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from pipeline.components import Component
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
+from pipeline.safetensors_files import check_weights
 from pipeline.single_file import CONFIGS, fitting_files
 from pipeline.single_file_weights import CONVERTERS
 from pipeline.text_encoder import encode_prompt
@@ -456,3 +458,69 @@ def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, cache: ModelCache,
     tracemalloc.stop()
     assert spent < 2 and peak < 64 * 2**20, (spent, peak)
     assert cache.stats().entries == ()
+
+
+# --- what a file says about how its model was trained ---
+
+
+def encoders_and_vae(tmp_path: Path, layout: str) -> list[Path]:
+    index = json.loads((CONFIGS / layout / "model_index.json").read_text())
+    names = [name for name in index if name == "vae" or name.startswith("text_encoder")]
+    return [header_only(tmp_path / f"{name}.safetensors", full_size(layout, name, "")) for name in names]
+
+
+def test_schnell_is_known_by_what_it_lacks(tmp_path: Path):
+    tensors = full_size("flux", "transformer", "")
+    further = encoders_and_vae(tmp_path, "flux")
+    dev = open_checkpoint(header_only(tmp_path / "dev.safetensors", tensors), further)
+    schnell = {name: tensor for name, tensor in tensors.items() if "guidance" not in name}
+    fast = open_checkpoint(header_only(tmp_path / "schnell.safetensors", schnell), further)
+    assert (dev.scheduler().config.shift, dev.scheduler().config.use_dynamic_shifting) == (3.0, True)
+    assert (fast.scheduler().config.shift, fast.scheduler().config.use_dynamic_shifting) == (1.0, False)
+    assert dev.components["transformer"].options["guidance_embeds"]
+    assert not fast.components["transformer"].options["guidance_embeds"]
+
+
+def test_what_a_stable_diffusion_2_predicts_is_seen_in_one_bias(tmp_path: Path):
+    path = header_only(tmp_path / "sd2.safetensors", full_size("sd2", "unet", UNET))
+    further = encoders_and_vae(tmp_path, "sd2")
+    assert open_checkpoint(path, further).scheduler().config.prediction_type == "epsilon"
+    entry = check_weights(path).entries[f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"]
+    with open(path, "r+b") as file:
+        file.seek(entry.start)
+        file.write(torch.linspace(-0.5, 0.5, entry.shape[0], dtype=torch.float16).numpy().tobytes())
+    assert open_checkpoint(path, further).scheduler().config.prediction_type == "v_prediction"
+
+
+def test_an_xl_that_predicts_v_says_so(tmp_path: Path):
+    folder = save_family("sdxl", tmp_path / "folder")
+    path = stable_diffusion_xl(folder, tmp_path / "xl.safetensors")[0]
+    assert open_checkpoint(path, config=folder).scheduler().config.prediction_type == "epsilon"
+    save_file({**load_file(path), "v_pred": torch.zeros(1)}, path)
+    assert open_checkpoint(path, config=folder).scheduler().config.prediction_type == "v_prediction"
+
+
+def test_an_inpainting_model_has_the_channels_of_its_file(tmp_path: Path):
+    tensors = full_size("sd15", "unet", UNET)
+    tensors[f"{UNET}input_blocks.0.0.weight"] = torch.empty(320, 9, 3, 3, device="meta")
+    path = header_only(tmp_path / "inpainting.safetensors", tensors)
+    checkpoint = open_checkpoint(path, encoders_and_vae(tmp_path, "sd15"))
+    assert checkpoint.components["unet"].options["in_channels"] == 9
+
+
+def test_flux_in_its_published_names_is_renamed_value_by_value():
+    """At the one width that diffusers' converter knows, a layer of each kind. Rows differ, since rows are what it cuts
+    and swaps; the columns of a row are alike and take no memory until then."""
+    config = json.loads((CONFIGS / "flux/transformer/config.json").read_text())
+    config |= {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 64}
+    with torch.device("meta"):
+        shapes = diffusers.FluxTransformer2DModel.from_config(config).state_dict()
+    random = torch.Generator().manual_seed(0)
+    expected = {}
+    for name, tensor in shapes.items():
+        rows = torch.randint(-128, 128, (tensor.shape[0],), dtype=torch.int8, generator=random)
+        expected[name] = rows.reshape(-1, *[1] * (tensor.dim() - 1)).expand(tensor.shape)
+    converted = CONVERTERS["flux"](layouts.flux(expected, config), config)
+    assert converted.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(converted.pop(name), expected[name]), name
