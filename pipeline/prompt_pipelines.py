@@ -46,7 +46,7 @@ def encoders_of(cache: ModelCache, checkpoint: Checkpoint) -> Iterator[Any]:
 
 
 def split_prompt(pipeline: Any, checkpoint: Checkpoint, text: str) -> tuple[list[str], tuple[str, ...]]:
-    """The prompt in pieces that the main encoder hears whole, and what is told about those that do not fit.
+    """The prompt in pieces that the main encoder hears whole, and what is told of words that it does not hear.
 
     Where the denoiser listens to any number of tokens, the pieces are to be encoded apart and joined. Elsewhere, and
     for the other encoders, what is beyond the window is dropped, and the notice quotes it.
@@ -57,6 +57,8 @@ def split_prompt(pipeline: Any, checkpoint: Checkpoint, text: str) -> tuple[list
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None:
             continue
+        if main and (unknown := _unknown(tokenizer, text)):
+            notices.append(f"not known to the tokenizer and so not heard: {unknown[:QUOTED]}")
         cut = _cut(tokenizer, text, window - _marks(pipeline, tokenizer, family.chat_template))
         if main and len(cut) > 1 and family.joins_windows:
             pieces = cut
@@ -140,6 +142,16 @@ def _marks(pipeline: Any, tokenizer: Any, chat_template: str) -> int:
         template = len(tokenizer(pipeline.prompt_template_encode.format(""))["input_ids"])
         return max(0, template - pipeline.prompt_template_encode_start_idx)
     return len(tokenizer("")["input_ids"])
+
+
+def _unknown(tokenizer: Any, text: str) -> str:
+    """The words that become the mark of the unknown, as all Chinese does in T5."""
+    mark = tokenizer.unk_token_id
+    if not getattr(tokenizer, "is_fast", False) or mark in (None, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        return ""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return " ".join(text[start:end].strip() for token, (start, end) in found if token == mark)
 
 
 def _cut(tokenizer: Any, text: str, room: int) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.text_encoder import encode_prompt
 
 from .devices import FakeDevice
 from .family_folders import FAMILY_FOLDERS, save_family
-from .folders import edit_index
+from .folders import PROMPTS, edit_index
 
 FRAME: dict[str, Any] = {"width": 96, "height": 64, "num_inference_steps": 3}
 CLOSE = 1e-4
@@ -180,6 +180,27 @@ def test_a_long_prompt_is_joined_or_what_is_dropped_is_quoted(
     if long.negative is not None and name not in ("qwen_image", "z_image"):
         assert long.negative.tokens.shape == long.tokens.shape
     assert not any("windows" in notice or "heard" in notice for notice in short.notices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_prompt_is_encoded(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    checkpoint = family(name)
+    for text in (*PROMPTS.values(), "\0", "\n\n", "()[]:1.2"):
+        found = encode_prompt(warm, checkpoint, text)
+        assert found.tokens.isfinite().all() and found.mask.shape == found.tokens.shape[:2], text
+    first, again = (encode_prompt(warm, checkpoint, PROMPTS["emoji"]) for _ in range(2))
+    assert torch.equal(first.tokens, again.tokens)
+    for brackets in ("(" * 10_000, "(" * 9_999 + ")" * 9_999):
+        with pytest.raises(ValueError, match="at most 32 brackets open at once, got more at character 33"):
+            encode_prompt(warm, checkpoint, brackets)
+    with pytest.raises(ValueError, match="at most 20,000 characters, got 20,001"):
+        encode_prompt(warm, checkpoint, "a" * 20_001)
+
+
+def test_words_that_t5_does_not_know_are_told(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    for name in ("flux_dev", "sd3", "pixart_alpha"):
+        notices = encode_prompt(warm, family(name), f"a {PROMPTS['rose_zh']} rose").notices
+        assert any("not known to the tokenizer" in notice and PROMPTS["rose_zh"][0] in notice for notice in notices)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart_sigma", "kolors", "sana"])
