@@ -58,6 +58,11 @@ def open_single_file(path: Path, further: Sequence[Path] = (), config: Path | No
             continue
         if name in ("unet", "transformer"):
             options = sign.options(_without(main.entries, prefix), read_json(folder / name / "config.json"))
+            if options.get("in_channels", 4) not in (4, 9) and config is None:
+                raise CheckpointError(
+                    f"{path}: expected a denoiser of 4 input channels, or of 9 for inpainting, found "
+                    f"{options['in_channels']}, as models that change a picture by an instruction have"
+                )
             found = _component(folder, name, entry, main, prefix, sign.form)
             components[name] = replace(found, options=options)
         elif model_class_allowed(entry[0], entry[1]):

@@ -60,14 +60,12 @@ class Sign:
                 "num_layers": _count(entries, "double_blocks"),
                 "num_single_layers": _count(entries, "single_blocks"),
                 "guidance_embeds": _is_guided(entries),
-                "in_channels": entries["img_in.weight"].shape[1],
             }
         if self.form == "diffusers_flux":
             return {
                 "num_layers": _count(entries, "transformer_blocks"),
                 "num_single_layers": _count(entries, "single_transformer_blocks"),
                 "guidance_embeds": _is_guided(entries),
-                "in_channels": entries["x_embedder.weight"].shape[1],
             }
         if self.form == "qwen_image":
             return {"num_layers": _count(entries, "transformer_blocks")}
@@ -120,11 +118,14 @@ SIGNS = (
         "flux",
         ("double_blocks.0.img_attn.norm.key_norm.scale", "single_blocks.0.linear1.weight", "vector_in.in_layer.bias"),
         ("distilled_guidance_layer.in_proj.bias", *_FLUX_2),
+        ("img_in.weight", 1, 64),
     ),
     Sign(
         "flux",
         "diffusers_flux",
         ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.text_embedder.linear_1.weight"),
+        (),
+        ("x_embedder.weight", 1, 64),
     ),
     Sign("flux2_klein_4b", "flux2", _FLUX_2, ("guidance_in.in_layer.weight",), ("img_in.weight", 0, 3072)),
     Sign("flux2_klein_9b", "flux2", _FLUX_2, ("guidance_in.in_layer.weight",), ("img_in.weight", 0, 4096)),
@@ -140,6 +141,10 @@ UNUSABLE: dict[str, tuple[str, ...]] = {
     "a ControlNet in diffusers' names, which steers a model and is none": ("controlnet_cond_embedding.conv_in.weight",),
     "Kolors in one file, for which diffusers has no converter: use its diffusers folder": ("encoder_hid_proj.weight",),
     "Chroma, a family that is not known here": ("distilled_guidance_layer.in_proj.bias",),
+    "FLUX.1 Fill, Depth, Canny or another whose picture input differs, which is not known here": (
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "vector_in.in_layer.bias",
+    ),
     "FLUX.2 dev, whose encoder is not known here; FLUX.2 klein is": (*_FLUX_2, "guidance_in.in_layer.weight"),
     "Sana in one file. Duet may not ship Gemma's vocabulary, which its words are in: use its diffusers folder": (
         "attention_y_norm.weight",

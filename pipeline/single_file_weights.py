@@ -166,7 +166,8 @@ def _transformers(cls: Any, config: dict[str, Any], tensors: Tensors, dtype: tor
 def _diffusers(cls: Any, config: dict[str, Any], tensors: Tensors, dtype: torch.dtype) -> tuple[Any, list[str]]:
     with _parameters_without_memory():
         module = cls.from_config(config)
-    module._fix_state_dict_keys_on_load(tensors)  # the names that older versions gave to attention
+    if hasattr(module, "_fix_state_dict_keys_on_load"):  # the names that older versions gave to attention
+        module._fix_state_dict_keys_on_load(tensors)
     as_float32 = tuple(cls._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
     wanted = module.state_dict()
     given: Tensors = {}

@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -506,6 +507,36 @@ def test_an_inpainting_model_has_the_channels_of_its_file(tmp_path: Path):
     path = header_only(tmp_path / "inpainting.safetensors", tensors)
     checkpoint = open_checkpoint(path, encoders_and_vae(tmp_path, "sd15"))
     assert checkpoint.components["unet"].options["in_channels"] == 9
+    tensors[f"{UNET}input_blocks.0.0.weight"] = torch.empty(320, 8, 3, 3, device="meta")
+    refused(
+        header_only(tmp_path / "pix2pix.safetensors", tensors), "expected a denoiser of 4 input channels", "found 8"
+    )
+
+
+def test_a_flux_that_takes_another_picture_is_refused(tmp_path: Path):
+    tensors = full_size("flux", "transformer", "")
+    tensors["img_in.weight"] = torch.empty(3072, 384, device="meta")
+    refused(header_only(tmp_path / "fill.safetensors", tensors), "is FLUX.1 Fill, Depth, Canny or another")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+        | {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+        | {"qk_norm": "rms_norm", "dual_attention_layers": ()},
+    ],
+    ids=["3.5 medium", "3.5 large"],
+)
+def test_the_sizes_of_stable_diffusion_3_are_read_from_the_header(tmp_path: Path, sizes: dict):
+    config = json.loads((CONFIGS / "sd3/transformer/config.json").read_text()) | sizes
+    with torch.device("meta"):
+        network: Any = diffusers.SD3Transformer2DModel.from_config(config)
+    tensors = {f"{UNET}{name}": tensor for name, tensor in layouts.sd3(network.state_dict(), config).items()}
+    path = header_only(tmp_path / "sd3.safetensors", tensors)
+    checkpoint = open_checkpoint(path, encoders_and_vae(tmp_path, "sd3"))
+    assert checkpoint.components["transformer"].options == sizes
 
 
 def test_flux_in_its_published_names_is_renamed_value_by_value():
@@ -514,7 +545,8 @@ def test_flux_in_its_published_names_is_renamed_value_by_value():
     config = json.loads((CONFIGS / "flux/transformer/config.json").read_text())
     config |= {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 64}
     with torch.device("meta"):
-        shapes = diffusers.FluxTransformer2DModel.from_config(config).state_dict()
+        network: Any = diffusers.FluxTransformer2DModel.from_config(config)
+        shapes = network.state_dict()
     random = torch.Generator().manual_seed(0)
     expected = {}
     for name, tensor in shapes.items():
