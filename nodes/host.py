@@ -354,9 +354,8 @@ def model_folders() -> dict[str, list[Path]]:
     """Every folder that the host knows by kind, those of pictures too; it knows some by their older names as well."""
     kinds = {kind: [Path(root) for root in roots] for kind, (roots, _) in folder_paths.folder_names_and_paths.items()}
     kinds.pop("custom_nodes", None)
-    kinds.setdefault(
-        "ipadapter", [Path(folder_paths.models_dir) / "ipadapter"]
-    )  # where packs that make it known keep it
+    # The host itself has no such kind; packs that add it have it there.
+    kinds.setdefault("ipadapter", [Path(folder_paths.models_dir) / "ipadapter"])
     return kinds | {kind: [picture_folder(kind)] for kind in ("input", "output", "temp")}
 
 

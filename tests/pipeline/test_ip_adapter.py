@@ -20,7 +20,7 @@ from pipeline.lora import open_lora
 from pipeline.model_cache import ModelCache
 from pipeline.text_encoder import encode_prompt
 from tests.pipeline.adapter_files import random_factors, save_peft
-from tests.pipeline.family_folders import save_family
+from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
 from tests.pipeline.folders import edit_index
 from tests.pipeline.ip_adapter_files import HIDDEN, PROJECTED, adapter_tensors, save_adapter, save_encoder, split
 
@@ -112,6 +112,15 @@ def test_a_picture_is_heard(warm: ModelCache, family: Callable[[str], Checkpoint
     with plain.use(warm, denoiser_of(plain)) as denoiser:
         assert all(denoiser.attn_processors[key] is value for key, value in processors.items())
         assert denoiser.config.get("encoder_hid_dim_type") != "ip_image_proj"
+
+
+def test_the_table_names_the_families_that_are_tested():
+    table = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    (head,) = (line for line in table.splitlines() if line.startswith("| family | text to image"))
+    assert head.endswith("| LoRA: `test_it_amounts_to_merged_weights` | IP-Adapter: `test_a_picture_is_heard` |")
+    rows = table[table.index(head) :].partition("\n\n")[0].splitlines()[2:]
+    for name, row in zip(FAMILY_FOLDERS, rows, strict=True):
+        assert row.strip("| ").split(" | ")[-2:] == [f"`[{name}]`", f"`[{name}]`" if name in FAMILIES else "none"]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux_dev"])
