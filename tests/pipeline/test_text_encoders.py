@@ -127,7 +127,8 @@ def test_words_of_another_encoder_are_refused_by_both_names(warm: ModelCache, fo
         ({"architectures": ["EvilModel"]}, "expected as architectures one of .*found .'EvilModel'."),
         ({"architectures": None}, "found None"),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "found an auto_map to code"),
-        ({"d_model": 2**20, "d_ff": 2**20}, "expected .* weights, found room for"),
+        ({"d_model": 2**20}, "expected d_model to suit weights up to 128 wide, found 1048576"),
+        ({"vocab_size": 10**8}, "expected .* weights, found room for|vocab_size to suit"),
         ({"num_layers": 500}, "expected num_layers to suit weights"),
     ],
 )
