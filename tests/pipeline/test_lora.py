@@ -21,6 +21,7 @@ from pipeline.recall import recalled
 from pipeline.text_encoder import encode_prompt
 from tests.pipeline.adapter_files import merged, random_factors, save_kohya, save_peft
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
+from tests.pipeline.test_single_file import opened
 
 CLOSE = 1e-4
 
@@ -30,10 +31,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
     root = tmp_path_factory.mktemp("families")
 
     @once
-    def opened(name: str) -> Checkpoint:
+    def saved(name: str) -> Checkpoint:
         return open_checkpoint(save_family(name, root / name))
 
-    return opened
+    return saved
 
 
 def denoiser_of(checkpoint: Checkpoint) -> str:
@@ -145,6 +146,17 @@ def test_alphas_of_diffusers_metadata_count(warm: ModelCache, family: Callable[[
     path = save_peft(tmp_path / "a.safetensors", factors, lora_adapter_metadata=json.dumps(settings))
     by_lora = drawn(warm, plain.with_adapter(open_lora(plain, path, 1.0)))
     assert same(by_lora, drawn(warm, merged(plain, tmp_path / plain.folder.name, factors, 0.5)))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux_dev"])
+def test_a_model_in_a_single_file_takes_it_as_its_folder_does(warm: ModelCache, tmp_path: Path, name: str):
+    folder, single = opened(name, tmp_path)
+    factors = {denoiser_of(folder): factors_for(folder)}
+    path = save_peft(tmp_path / "style.safetensors", factors)
+    words = words_of(warm, single)
+    styled = drawn(warm, single.with_adapter(open_lora(single, path, 0.7)), words)
+    by_folder = drawn(warm, folder.with_adapter(open_lora(folder, path, 0.7)))
+    assert same(styled, by_folder) and not same(styled, drawn(warm, single, words))
 
 
 def test_two_add_up(warm: ModelCache, family: Callable[[str], Checkpoint], tmp_path: Path):
