@@ -268,7 +268,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no kind": ({"model_type": None}, "model_type .* found None"),
     "another size": ({"hidden_size": 64}, "are missing or of another shape, the first being"),
     "another depth": ({"num_hidden_layers": 5}, "missing or of another shape"),
-    "too wide for its weights": ({"hidden_size": 2**20, "intermediate_size": 2**20}, "expected weights of .* values"),
+    "too wide for its weights": (
+        {"hidden_size": 2**20, "intermediate_size": 2**20},
+        "_size to suit weights up to 384 wide",
+    ),
     "too deep for its weights": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "a size that is none": ({"image_size": "large"}, "image_size of 1 to 4096 pixels, found 'large'"),
     "a patch larger than the picture": ({"patch_size": 57}, "image_size of 1 to 4096 pixels, found 56 by 57"),
