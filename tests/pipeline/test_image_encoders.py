@@ -270,7 +270,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "another depth": ({"num_hidden_layers": 5}, "missing or of another shape"),
     "too wide for its weights": (
         {"hidden_size": 2**20, "intermediate_size": 2**20},
-        "_size to suit weights up to 384 wide",
+        "_size to suit weights up to 384",
     ),
     "too deep for its weights": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "a size that is none": ({"image_size": "large"}, "image_size of 1 to 4096 pixels, found 'large'"),
