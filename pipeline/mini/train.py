@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 # Steps are for two cores; with more time, longer plans go on getting better (fusion above all).
 PLANS = {
     "text": Plan(steps=2600, learning_rate=1e-3),
-    "vision": Plan(steps=2200, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
+    "vision": Plan(steps=4700, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(steps=2600, learning_rate=2e-3, warmup=100, weight_decay=0.0),
-    "fusion": Plan(steps=6500, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
-    "decoder": Plan(steps=1500, learning_rate=1e-3, warmup=100, weight_decay=0.0),
-    "generator": Plan(steps=2400, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
+    "fusion": Plan(steps=15_000, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "decoder": Plan(steps=1200, learning_rate=1e-3, warmup=100, weight_decay=0.0),
+    "generator": Plan(steps=3800, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
 }
 VIEWS = 4  # of each picture, the first one clean
 
