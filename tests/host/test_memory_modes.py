@@ -73,7 +73,9 @@ def test_a_server_starts_runs_and_counts(flag: str, tmp_path: Path):
         client = Client(server.url)
         for seed in (1, 2):
             cache, probe = reports(client.run(with_reports(demo_prompt(server, seed=seed, **SMALL))))
-            assert cache["bytes_held"] == probe["bytes_alive"] == probe["host_counts"] > 0
+            assert cache["bytes_held"] == probe["bytes_alive"] >= probe["host_counts"] > 0
+            if flag != "--disable-smart-memory":  # with it, the host moves everything off that is not asked for
+                assert probe["host_counts"] == cache["bytes_held"]
             assert {entry["pins"] for entry in cache["entries"]} == {0}
         assert cache["misses"] == len(cache["entries"])
         client.free()

@@ -392,13 +392,14 @@ def test_out_of_memory_in_denoising_is_said_and_passes(
     assert torch.equal(generate(warm, checkpoint, words, seed=0, **FRAME).pixels, before.pixels)
 
 
-def test_latents_that_are_no_numbers_make_no_picture(warm: ModelCache, tmp_path: Path):
+def test_latents_that_are_no_numbers_make_no_picture(cache: ModelCache, tmp_path: Path):
+    # A cache of its own: in the session's, whoever has the same weights would be lent the spoilt ones.
     checkpoint = open_checkpoint(save_family("flux_schnell", tmp_path / "broken"))
-    words = condition(warm, checkpoint)
-    with checkpoint.use(warm, "transformer") as denoiser, torch.no_grad():
+    words = condition(cache, checkpoint)
+    with checkpoint.use(cache, "transformer") as denoiser, torch.no_grad():
         denoiser.proj_out.bias.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="broken: denoising gave values that are no numbers"):
-        generate(warm, checkpoint, words, seed=0, **FRAME)
+        generate(cache, checkpoint, words, seed=0, **FRAME)
 
 
 @pytest.mark.parametrize(
