@@ -132,7 +132,8 @@ class LanguageModel:
     def tokenizer(self) -> Any:
         """Read once; it keeps no state between calls. Always of this one class, so that no folder chooses another."""
         if not self._tokenizer:
-            folder, options = self.path, {}
+            folder = self.path
+            options: dict[str, Any] = {}
             if self._is_gguf:
                 check_gguf(self.path)
                 _require_gguf(self.path)

@@ -68,7 +68,7 @@ def save_llama(folder: Path, *, says: str | None = None, seed: int = 0, template
         num_attention_heads=2,
         max_position_embeddings=4096,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(words).index(END),
     )
     module = LlamaForCausalLM(config)
     if says is not None:
