@@ -34,14 +34,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.cache_sessions import SIZES, fewest_bytes, session
 from pipeline.checkpoints import Checkpoint, open_checkpoint
-from pipeline.content import Digests
-from pipeline.embedding_store import EmbeddingStore
+from pipeline.files.content import Digests
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.mini import MODEL_FOLDER
 from pipeline.model_cache import ModelCache, ModelKey
-from pipeline.recall import recalled
 from pipeline.residency import TorchResidency
+from pipeline.store.embedding_store import EmbeddingStore
+from pipeline.store.recall import recalled
 from pipeline.text_encoder import encode_prompt
 from tests.pipeline.devices import FakeDevice
 from tests.pipeline.folders import save_stable_diffusion

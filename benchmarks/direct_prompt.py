@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.direct_prompt import Answers, DirectedPrompt, direct_prompt
-from pipeline.language_model import open_language_model
+from pipeline.language.language_model import open_language_model
 from pipeline.model_cache import ModelCache
 from pipeline.residency import TorchResidency
 from tests.pipeline.language_models import smollm2

@@ -1,9 +1,9 @@
 """What is laid over a model: LoRAs, and IP-Adapters that let it hear a picture."""
 
-from ..pipeline.image_encoders import open_image_encoder
-from ..pipeline.ip_adapter import open_ip_adapter, show_picture
-from ..pipeline.lora import open_lora
-from . import sockets
+from ..nodes import sockets
+from ..pipeline.adapters.ip_adapter import open_ip_adapter, show_picture
+from ..pipeline.adapters.lora import open_lora
+from ..pipeline.vision.image_encoders import open_image_encoder
 from .choices import check_choice
 from .host import io, model_cache
 from .images import to_pixels

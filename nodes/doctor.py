@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from ..pipeline.doctor import Report, examine_folder, examine_memory, examine_workflow
+from ..pipeline.doctor.examination import Report, examine_folder, examine_memory, examine_workflow
 from .choices import check_choice
 from .host import diffusers_folder, diffusers_names, installed_nodes, io, model_cache, model_folders
 from .stages import stage

@@ -4,10 +4,10 @@ import os
 import re
 from pathlib import Path
 
+from ..nodes import sockets
 from ..pipeline.conditioning import FusedConditioning, ImageFeatures, PromptEmbeds
-from ..pipeline.embedding_files import Embeddings, read_embeddings, write_embeddings
-from ..pipeline.model_folders import stays_inside
-from . import sockets
+from ..pipeline.doctor.model_folders import stays_inside
+from ..pipeline.store.embedding_files import Embeddings, read_embeddings, write_embeddings
 from .host import ExecutionBlocker, io, picture_folder  # pyright: ignore[reportAttributeAccessIssue]
 from .stages import stage
 

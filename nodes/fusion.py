@@ -1,8 +1,8 @@
 """Words and a picture become one condition."""
 
+from ..nodes import sockets
+from ..pipeline.fusing.token_fusion import open_token_adapter
 from ..pipeline.fusion import fuse
-from ..pipeline.token_fusion import open_token_adapter
-from . import sockets
 from .choices import check_choice
 from .host import io, model_cache
 from .model_files import fingerprint, model_names, model_path

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from PIL.Image import Image
 
+from ..nodes import sockets
 from ..pipeline.finishing import finish_picture
 from ..pipeline.generation import OnStep, Preview, generate
-from . import sockets
 from .choices import check_choice
 from .host import io, model_cache
 from .host import steps as host_steps

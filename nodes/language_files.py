@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..pipeline.language_folders import find_language_model, language_model_names
-from ..pipeline.language_model import LanguageModel, open_language_model
+from ..pipeline.language.language_folders import find_language_model, language_model_names
+from ..pipeline.language.language_model import LanguageModel, open_language_model
 from .host import model_folders
 
 NO_MODEL = "none (the brief as it is)"

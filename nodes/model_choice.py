@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..pipeline.checkpoints import Checkpoint, open_checkpoint
+from ..pipeline.files.single_file import fitting_files
 from ..pipeline.mini import MODEL_FOLDER
-from ..pipeline.single_file import fitting_files
 from .host import diffusers_folder, diffusers_names, weights_digests
 from .model_files import model_names, model_path
 

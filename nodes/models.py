@@ -1,6 +1,6 @@
 """Which model is used, and what the shared cache holds."""
 
-from . import sockets
+from ..nodes import sockets
 from .cache_report import cache_as_json, cache_as_text
 from .choices import check_choice
 from .host import io, model_cache

@@ -1,8 +1,8 @@
 """A condition is pulled closer to a picture."""
 
+from ..nodes import sockets
 from ..pipeline.curves import draw_curve
 from ..pipeline.refinement import OnStep, Preview, refine
-from . import sockets
 from .host import io, model_cache, ui  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
 from .host import steps as host_steps
 from .images import to_image, to_pil

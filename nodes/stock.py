@@ -1,8 +1,8 @@
 """The way between Duet's blocks and the host's own nodes, in both directions."""
 
+from ..nodes import sockets
 from ..pipeline.fusion import fuse
 from ..pipeline.stock import image_features_from
-from . import sockets
 from .choices import check_choice
 from .host import clip_vision_output, io, model_cache
 from .stages import stage

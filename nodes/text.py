@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
+from ..nodes import sockets
 from ..pipeline.conditioning import PromptEmbeds
-from ..pipeline.recall import recalled
+from ..pipeline.store.recall import recalled
+from ..pipeline.text.text_encoders import encode_text, open_text_encoder
 from ..pipeline.text_encoder import encode_prompt
-from ..pipeline.text_encoders import encode_text, open_text_encoder
-from . import sockets
 from .choices import check_choice
 from .host import embedding_store, io, model_cache
 from .model_files import fingerprint, model_names, model_path

@@ -1,10 +1,10 @@
 """A picture is prepared, and becomes features."""
 
+from ..nodes import sockets
 from ..pipeline.image_encoder import encode_image
-from ..pipeline.image_encoders import ImageEncoder, open_image_encoder
 from ..pipeline.image_preparation import Augmentation, prepare_image
-from ..pipeline.recall import recalled
-from . import sockets
+from ..pipeline.store.recall import recalled
+from ..pipeline.vision.image_encoders import ImageEncoder, open_image_encoder
 from .choices import check_choice
 from .host import embedding_store, io, model_cache
 from .images import to_image, to_mask, to_pixels

@@ -12,15 +12,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .adapters import Adapter, adapted
-from .components import Component, check_model, either, open_component
-from .content import Digests
+from .adapters.private_views import Adapter, adapted
 from .families import FAMILIES, Family
+from .files.components import Component, check_model, either, open_component
+from .files.content import Digests
+from .files.safetensors_files import CheckpointError, read_json, shown
+from .files.single_file import open_single_file
+from .files.single_file_weights import build
 from .model_cache import ModelCache, ModelKey
 from .residency import is_out_of_memory
-from .safetensors_files import CheckpointError, read_json, shown
-from .single_file import open_single_file
-from .single_file_weights import build
 
 __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]
 

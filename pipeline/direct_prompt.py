@@ -10,10 +10,10 @@ from functools import cache as remembered
 from pathlib import Path
 from typing import Any
 
-from .brief import cleaned, forgets, joined, language_of, tokens_a_character
-from .language_model import LanguageModel
+from .language.brief import cleaned, forgets, joined, language_of, tokens_a_character
+from .language.language_model import LanguageModel
+from .language.text_generation import OnText, Writer
 from .model_cache import ModelCache
-from .text_generation import OnText, Writer
 
 MODES = ("prompt", "scene")
 LANGUAGES = ("as the brief", "English", "Chinese")
@@ -227,7 +227,7 @@ def _as_prompt(answer: str, task: _Task) -> DirectedPrompt:
 
 
 def _free_scene(writer: Writer, task: _Task) -> DirectedPrompt:
-    from .scene import SceneError, extent, parse_scene
+    from .language.scene import SceneError, extent, parse_scene
 
     def ends(text: str) -> bool:
         found = extent("{" + text)
@@ -242,7 +242,7 @@ def _free_scene(writer: Writer, task: _Task) -> DirectedPrompt:
 
 def _guided_scene(writer: Writer, task: _Task) -> DirectedPrompt:
     """The model writes the values alone, one after the other; names, quotes and brackets are ours, and so are right."""
-    from .scene import SceneError, parse_scene
+    from .language.scene import SceneError, parse_scene
 
     values: dict[str, Any] = {}
     for number, (name, end) in enumerate(_FIELDS.items()):

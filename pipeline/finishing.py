@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .resizing import fit_to
+from .vision.resizing import fit_to
 
 LARGEST_SIDE = 16_384
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, ImageFeatures, PromptEmbeds, Space
-from .fusion_network import FusionNetwork
+from .fusing.fusion_network import FusionNetwork
+from .fusing.token_fusion import METHODS as TOKEN_METHODS
+from .fusing.token_fusion import TokenAdapter, join_tokens
 from .model_cache import ModelCache
-from .token_fusion import METHODS as TOKEN_METHODS
-from .token_fusion import TokenAdapter, join_tokens
 
 Meet = Callable[[FusionNetwork, Tensor, Tensor, float], Tensor]
 

@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .adapters import pictures_shown
+from .adapters.private_views import pictures_shown
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, Pictures
-from .diffusers_generation import Source, draw
-from .frame import Frame, frame_for, resized
-from .latents import channels_of, decode_or_tile, generators, noise, preview, use_vae
+from .denoising.diffusers_generation import Source, draw
+from .denoising.frame import Frame, frame_for, resized
+from .denoising.latents import channels_of, decode_or_tile, generators, noise, preview, use_vae
+from .denoising.unet_sampler import denoise
 from .model_cache import ModelCache
 from .residency import OutOfDeviceMemory, is_out_of_memory
-from .resizing import fit_to
-from .unet_sampler import denoise
+from .vision.resizing import fit_to
 
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 16, 4096, 64
 MOST_STEPS = 1000

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .checkpoints import Checkpoint
 from .conditioning import ImageFeatures, Space
-from .gram import gram_matrix
-from .image_encoders import HALF, ImageEncoder, Triple, open_image_encoder
+from .files.weights import key_of
 from .image_preparation import PreparedImage, prepare_image
 from .model_cache import ModelCache
-from .weights import key_of
+from .vision.gram import gram_matrix
+from .vision.image_encoders import HALF, ImageEncoder, Triple, open_image_encoder
 
 ENCODERS = ("model", "efficientnet-lite0")
 REGIONS = ("white", "pool")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .resizing import fit_to
+from .vision.resizing import fit_to
 
 NORMALISATIONS = ("none", "range", "mean-std")
 

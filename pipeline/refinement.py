@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, ImageFeatures
-from .gram import gram_matrix
-from .latents import for_decoder
+from .denoising.latents import for_decoder
 from .model_cache import ModelCache
+from .vision.gram import gram_matrix
 
 MOST_STEPS, LARGEST_RADIUS, LONGEST = 500, 2.0, 3600.0
 _STRIDE, _MOMENTUM = 0.1, 0.9  # of the radius in the first step; of the direction that is kept

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .conditioning import ImageFeatures, PromptEmbeds, Space
-from .latents import channels_of, decode_or_tile, encode_pixels, for_decoder, for_denoiser, use_vae
+from .denoising.latents import channels_of, decode_or_tile, encode_pixels, for_decoder, for_denoiser, use_vae
+from .files.safetensors_files import read_json
 from .model_cache import ModelCache
-from .safetensors_files import read_json
 
 # The settings of a denoiser that say how wide its condition is, by the name of its class's argument.
 # The outermost layer first: some project the words to a width of their own before they listen.

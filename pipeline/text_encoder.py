@@ -3,12 +3,12 @@
 import torch
 
 from .checkpoints import Checkpoint
-from .clip_windows import Encoded, Windows, content, cut_windows, encode_windows
 from .conditioning import PromptEmbeds, Space
-from .diffusers_pipelines import pipeline_options
+from .denoising.diffusers_pipelines import pipeline_options
 from .model_cache import ModelCache
-from .prompt_pipelines import Heard, encoders_of, hear, split_prompt
-from .prompt_weights import Phrase, WeightedPrompt, read_weights
+from .text.clip_windows import Encoded, Windows, content, cut_windows, encode_windows
+from .text.prompt_pipelines import Heard, encoders_of, hear, split_prompt
+from .text.prompt_weights import Phrase, WeightedPrompt, read_weights
 
 LONGEST_PROMPT = 20_000  # characters; beyond it a prompt is a file dropped by mistake
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 from transformers import ResNetModel
 
-from ..fusion_network import FusionNetwork
+from ..fusing.fusion_network import FusionNetwork
 from .fusion_stage import Examples, Tables, fused
 from .loop import Plan, run_stage
 from .pictures import PictureSet

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fusion_network import FusionNetwork
+from ..fusing.fusion_network import FusionNetwork
 from .catalogue import STYLES
 from .loop import Plan, run_stage
 from .pictures import PictureSet

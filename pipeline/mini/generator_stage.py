@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..fusion_network import FusionNetwork
+from ..fusing.fusion_network import FusionNetwork
 from .fusion_stage import Examples, Tables, fused
 from .loop import Plan, run_stage
 from .pictures import PictureSet

@@ -17,10 +17,10 @@ from ..checkpoints import open_checkpoint
 from ..fusion import fuse
 from ..generation import generate
 from ..image_encoder import encode_image
+from ..mini import MODEL_FOLDER
 from ..model_cache import ModelCache
 from ..residency import TorchResidency
 from ..text_encoder import encode_prompt
-from . import MODEL_FOLDER
 from .catalogue import STYLES
 from .pictures import PictureSet, load_pictures
 from .vision import over_background

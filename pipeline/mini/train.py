@@ -19,8 +19,8 @@ import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
-from ..fusion_network import FusionNetwork
-from . import MODEL_FOLDER
+from ..fusing.fusion_network import FusionNetwork
+from ..mini import MODEL_FOLDER
 from .autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
 from .fusion_stage import Tables, train_fusion
 from .generator_stage import new_generator, train_generator

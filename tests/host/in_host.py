@@ -1,4 +1,4 @@
-"""Checks of nodes/host.py that run inside the host's own process: its modules are imported, its server is not started.
+"""Checks of nodes/host that run inside the host's own process: its modules are imported, its server is not started.
 
 Run as a script with the host's folder and a scratch folder; prints one JSON object, from each check's name to its
 traceback, or null where it passed.
@@ -42,6 +42,8 @@ assert spec and spec.loader
 sys.modules[PACK] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 host = importlib.import_module(f"{PACK}.nodes.host")
+api = importlib.import_module(f"{PACK}.nodes.host.api")
+stores = importlib.import_module(f"{PACK}.nodes.host.stores")
 ModelCache = importlib.import_module(f"{PACK}.pipeline.model_cache").ModelCache
 ModelKey = importlib.import_module(f"{PACK}.pipeline.model_cache").ModelKey
 OutOfDeviceMemory = importlib.import_module(f"{PACK}.pipeline.residency").OutOfDeviceMemory
@@ -181,12 +183,12 @@ def check_out_of_memory_twice_is_an_error_and_what_is_in_use_stays():
 def check_free_empties_the_cache_between_prompts():
     server = types.SimpleNamespace()
     server.prompt_queue = queue = execution.PromptQueue(server)
-    host.PromptServer.instance = server
+    stores.PromptServer.instance = server
     cache = new_cache()
     try:
-        host._empty_when_freed(cache)
+        stores._empty_when_freed(cache)
     finally:
-        del host.PromptServer.instance
+        del stores.PromptServer.instance
     with cache.use(key("a"), layer):
         pass
     queue.set_flag("unload_models", True)
@@ -261,7 +263,7 @@ def check_newer_schema_arguments_are_left_out():
     assert [each.id for each in (*schema.inputs, *schema.outputs)] == ["steps", "value", "image"]
     assert schema.inputs[0].default == 4
     assert schema.inputs[1].io_type == "DUET_TEST"
-    assert issubclass(pack.nodes.NODES[0], host.host_io.ComfyNode)
+    assert issubclass(pack.nodes.NODES[0], api.host_io.ComfyNode)
 
 
 def main() -> None:

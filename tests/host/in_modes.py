@@ -1,4 +1,4 @@
-"""Checks of nodes/host.py under the host's memory modes, in its own process and with its own memory management.
+"""Checks of nodes/host under the host's memory modes, in its own process and with its own memory management.
 
 Run as a script with the host's folder, a scratch folder and the host's flags; prints one JSON object, from each check's
 name to its traceback, or null where it passed. The device is the CPU under its other name, "cpu:0", which the host is

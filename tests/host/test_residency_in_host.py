@@ -1,4 +1,4 @@
-"""What nodes/host.py does with the host's own memory management, folders and progress: see in_host.py."""
+"""What nodes/host does with the host's own memory management, folders and progress: see in_host.py."""
 
 import json
 import re

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.embedding_files import read_embeddings
 from pipeline.mini import MODEL_FOLDER
+from pipeline.store.embedding_files import read_embeddings
 from tests.nodes.prompts import graph, pixels_of
 from tests.rig.client import Client, Prompt, PromptRefusedError, Run
 from tests.rig.host import ComfyServer

@@ -17,7 +17,7 @@ from transformers import (
     ResNetModel,
 )
 
-from pipeline.fusion_network import FusionNetwork
+from pipeline.fusing.fusion_network import FusionNetwork
 
 PROMPTS: dict[str, str] = json.loads(Path(__file__).with_name("prompts.json").read_text("utf-8"))
 MINI = {

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.language_model import open_language_model
+from pipeline.language.language_model import open_language_model
 from tests.rig import CACHE
 
 SMOLLM2 = "SmolLM2-135M-Instruct"

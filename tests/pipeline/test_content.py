@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import CheckpointError, open_checkpoint
-from pipeline.content import Digests
+from pipeline.files.content import Digests
 from pipeline.model_cache import ModelCache
 from tests.pipeline.family_folders import save_family
 from tests.pipeline.folders import save_mini
@@ -129,7 +129,7 @@ def test_a_digest_is_remembered_on_disk_until_the_file_changes(
 ):
     folder = tmp_path / "cache"
     key = open_checkpoint(mini, digests=Digests(folder)).key("unet")
-    monkeypatch.setattr("pipeline.content._bytes_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("pipeline.files.content._bytes_digest", lambda *_: pytest.fail("read again"))
     again = open_checkpoint(mini, digests=Digests(folder))
     assert again.key("unet") == key
     monkeypatch.undo()

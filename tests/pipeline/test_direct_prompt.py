@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.brief import cleaned, forgets, joined, tokens_a_character
 from pipeline.direct_prompt import Answers, DirectedPrompt, as_it_is, direct_prompt
-from pipeline.language_model import LanguageModel, open_language_model
+from pipeline.language.brief import cleaned, forgets, joined, tokens_a_character
+from pipeline.language.language_model import LanguageModel, open_language_model
+from pipeline.language.scene import Scene, SceneError, parse_scene
 from pipeline.model_cache import ModelCache
 from pipeline.residency import TorchResidency
-from pipeline.scene import Scene, SceneError, parse_scene
 from tests.pipeline.language_models import ALPHABET, END, save_llama, smollm2
 
 BRIEFS: dict[str, str] = json.loads(Path(__file__).with_name("briefs.json").read_text(encoding="utf-8"))

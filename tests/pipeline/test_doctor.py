@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.doctor import (
+from pipeline.doctor.examination import (
     VERSIONS,
     Report,
     examine_folder,
@@ -24,10 +24,10 @@ from pipeline.doctor import (
     examine_versions,
     examine_workflow,
 )
+from pipeline.doctor.model_folders import Finding, host_folders
+from pipeline.doctor.workflow_files import LARGEST_WORKFLOW, WantedFile, read_workflow, wanted_files
 from pipeline.model_cache import ModelCache, ModelKey
-from pipeline.model_folders import Finding, host_folders
 from pipeline.residency import TorchResidency
-from pipeline.workflow_files import LARGEST_WORKFLOW, WantedFile, read_workflow, wanted_files
 from tests.rig import ROOT
 
 API = {

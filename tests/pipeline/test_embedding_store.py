@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.conditioning import FusedConditioning, ImageFeatures, PromptEmbeds, Space
-from pipeline.embedding_files import Embeddings, read_embeddings, write_embeddings
-from pipeline.embedding_store import EmbeddingStore, digest_of
-from pipeline.safetensors_files import CheckpointError
+from pipeline.files.safetensors_files import CheckpointError
+from pipeline.store.embedding_files import Embeddings, read_embeddings, write_embeddings
+from pipeline.store.embedding_store import EmbeddingStore, digest_of
 from tests.rig import ROOT
 
 
@@ -95,7 +95,7 @@ def test_both_ways_lie_alike_in_memory(store: EmbeddingStore):
 def test_it_survives_a_restart(store: EmbeddingStore):
     store.recall(("a rose",), words)
     code = (
-        "import sys; from pathlib import Path; from pipeline.embedding_store import EmbeddingStore\n"
+        "import sys; from pathlib import Path; from pipeline.store.embedding_store import EmbeddingStore\n"
         "value = EmbeddingStore(Path(sys.argv[1]), 2**20).recall(('a rose',), lambda: sys.exit('made again'))\n"
         "print(float(value.tokens.sum()), value.notices)"
     )

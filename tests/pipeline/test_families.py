@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.conditioning import FusedConditioning, Pictures
-from pipeline.diffusers_generation import draw
+from pipeline.denoising.diffusers_generation import draw
 from pipeline.families import FAMILIES
 from pipeline.fusion import fuse
 from pipeline.generation import generate

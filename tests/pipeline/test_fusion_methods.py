@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from pipeline.conditioning import FusedConditioning, ImageFeatures, Space
-from pipeline.cross_attention import TokenCrossAttention
+from pipeline.fusing.cross_attention import TokenCrossAttention
+from pipeline.fusing.token_fusion import join_tokens, open_token_adapter
 from pipeline.fusion import fuse, slerp
 from pipeline.generation import generate
 from pipeline.image_encoder import encode_image
-from pipeline.image_encoders import open_image_encoder
 from pipeline.model_cache import ModelCache
 from pipeline.text_encoder import encode_prompt
-from pipeline.token_fusion import join_tokens, open_token_adapter
+from pipeline.vision.image_encoders import open_image_encoder
 
 from .folders import save_stable_diffusion
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import Checkpoint, CheckpointError
 from pipeline.fusion import fuse
-from pipeline.gram import gram_matrix
 from pipeline.image_encoder import encode_image
-from pipeline.image_encoders import _config_of_header, open_image_encoder
 from pipeline.model_cache import ModelCache
+from pipeline.vision.gram import gram_matrix
+from pipeline.vision.image_encoders import _config_of_header, open_image_encoder
 
 VIT: dict[str, Any] = {
     "hidden_size": 128,  # two heads of 64 channels, as a file's header is read

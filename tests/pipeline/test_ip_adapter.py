@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.adapters.ip_adapter import IPAdapter, open_ip_adapter, show_picture
+from pipeline.adapters.lora import open_lora
 from pipeline.checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from pipeline.diffusers_generation import draw
-from pipeline.diffusers_pipelines import assemble
+from pipeline.denoising.diffusers_generation import draw
+from pipeline.denoising.diffusers_pipelines import assemble
 from pipeline.fusion import fuse
 from pipeline.generation import generate
-from pipeline.image_encoders import open_image_encoder
-from pipeline.ip_adapter import IPAdapter, open_ip_adapter, show_picture
-from pipeline.lora import open_lora
 from pipeline.model_cache import ModelCache
 from pipeline.text_encoder import encode_prompt
+from pipeline.vision.image_encoders import open_image_encoder
 from tests.pipeline.adapter_files import random_factors, save_peft
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
 from tests.pipeline.folders import edit_index

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.language_folders import find_language_model, language_model_names
+from pipeline.language.language_folders import find_language_model, language_model_names
 
 
 @pytest.fixture

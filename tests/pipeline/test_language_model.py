@@ -16,10 +16,10 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from pipeline.gguf_files import check_gguf
-from pipeline.language_model import CLASSES, GGUF_CLASSES, open_language_model
+from pipeline.files.gguf_files import check_gguf
+from pipeline.files.safetensors_files import CheckpointError
+from pipeline.language.language_model import CLASSES, GGUF_CLASSES, open_language_model
 from pipeline.model_cache import ModelCache
-from pipeline.safetensors_files import CheckpointError
 from tests.pipeline.language_models import MERGE, save_llama, smollm2_gguf
 
 

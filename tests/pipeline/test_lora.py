@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.adapters.lora import open_lora
 from pipeline.checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from pipeline.embedding_store import EmbeddingStore
 from pipeline.fusion import fuse
 from pipeline.generation import generate
-from pipeline.lora import open_lora
 from pipeline.model_cache import ModelCache
-from pipeline.recall import recalled
+from pipeline.store.embedding_store import EmbeddingStore
+from pipeline.store.recall import recalled
 from pipeline.text_encoder import encode_prompt
 from tests.pipeline.adapter_files import merged, random_factors, save_kohya, save_peft
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family

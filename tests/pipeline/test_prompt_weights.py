@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.prompt_weights import MOST_NESTED, Phrase, read_weights
+from pipeline.text.prompt_weights import MOST_NESTED, Phrase, read_weights
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipeline.checkpoints import open_checkpoint
-from pipeline.embedding_store import EmbeddingStore
 from pipeline.image_encoder import encode_image
 from pipeline.model_cache import ModelCache
-from pipeline.recall import recalled
 from pipeline.residency import TorchResidency
+from pipeline.store.embedding_store import EmbeddingStore
+from pipeline.store.recall import recalled
 from pipeline.text_encoder import encode_prompt
 
 

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from pipeline.components import Component
+from pipeline.files.components import Component
+from pipeline.files.safetensors_files import check_weights
+from pipeline.files.single_file import CONFIGS, fitting_files
+from pipeline.files.single_file_weights import CONVERTERS
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
-from pipeline.safetensors_files import check_weights
-from pipeline.single_file import CONFIGS, fitting_files
-from pipeline.single_file_weights import CONVERTERS
 from pipeline.text_encoder import encode_prompt
 from tests.pipeline import single_files as layouts
 from tests.pipeline.family_folders import save_family
@@ -179,7 +179,7 @@ def test_a_component_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytes
             read.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr("pipeline.single_file_weights.safe_open", Recorded)
+    monkeypatch.setattr("pipeline.files.single_file_weights.safe_open", Recorded)
     single.build("vae")
     assert read and all(name.startswith(VAE) for name in read)
 

@@ -12,10 +12,10 @@ import transformers
 
 from pipeline.checkpoints import CheckpointError, open_checkpoint
 from pipeline.fusion import fuse
-from pipeline.language_model import open_language_model
+from pipeline.language.language_model import open_language_model
 from pipeline.model_cache import ModelCache
+from pipeline.text.text_encoders import encode_text, open_text_encoder
 from pipeline.text_encoder import encode_prompt
-from pipeline.text_encoders import encode_text, open_text_encoder
 
 from .family_folders import bert, bert_tokenizer, clip, clip_tokenizer, qwen_tokenizer, save_family, t5, t5_tokenizer
 

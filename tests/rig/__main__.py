@@ -10,7 +10,7 @@ import os
 import signal
 import time
 
-from . import CACHE, PYTHON, ROOT, VENV, RigError, environment
+from ..rig import CACHE, PYTHON, ROOT, VENV, RigError, environment
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 
-from . import CACHE, CALM_THREADS, PYTHON, ROOT
+from ..rig import CACHE, CALM_THREADS, PYTHON, ROOT
 from .environment import apt_install
 
 _CHECKS = (

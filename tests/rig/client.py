@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import RigError
+from ..rig import RigError
 
 Prompt = dict[str, dict[str, Any]]
 Listener = Callable[[str, dict[str, Any]], None]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import CACHE, OUTPUT, ROOT, RigError
+from ..rig import CACHE, OUTPUT, ROOT, RigError
 from .client import Client, Prompt, Run
 from .host import ComfyServer
 

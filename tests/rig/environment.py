@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import CACHE, PYTHON, ROOT, VENV, RigError
+from ..rig import CACHE, PYTHON, ROOT, VENV, RigError
 
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
 # Carries the complete ComfyUI 0.3.75; its own dependencies are of no use here.

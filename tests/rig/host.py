@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from . import CACHE, CALM_THREADS, PYTHON, ROOT, RigError
+from ..rig import CACHE, CALM_THREADS, PYTHON, ROOT, RigError
 from .environment import HOST, exclusive, site_packages
 
 # A custom node that counts, without the pack's help, what lives in the host's process.

@@ -8,7 +8,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from . import RigError
+from ..rig import RigError
 from .client import Client
 
 _CHROMIUM_OPTIONS = (

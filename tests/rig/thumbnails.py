@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from . import CACHE, ROOT, RigError
+from ..rig import CACHE, ROOT, RigError
 from .client import Client
 from .host import ComfyServer
 from .page import ComfyPage, open_browser

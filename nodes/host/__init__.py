@@ -1,0 +1,32 @@
+"""All of the host that Duet touches: memory, progress, folders, nodes. No other package imports the host."""
+
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+# The host is no package that a checker could find: it is the program that loads us.
+
+from comfy_api.latest import ComfyExtension, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from .api import clip_vision_output, installed_nodes, io
+from .folders import diffusers_folder, diffusers_names, model_folders, picture_folder
+from .progress import steps, text_progress
+from .residency import ComfyResidency
+from .stores import embedding_store, model_cache, weights_digests
+
+__all__ = [
+    "ComfyExtension",
+    "ComfyResidency",
+    "ExecutionBlocker",
+    "clip_vision_output",
+    "diffusers_folder",
+    "diffusers_names",
+    "embedding_store",
+    "installed_nodes",
+    "io",
+    "model_cache",
+    "model_folders",
+    "picture_folder",
+    "steps",
+    "text_progress",
+    "ui",
+    "weights_digests",
+]

@@ -1,0 +1,49 @@
+"""Progress, previews and the wish to cancel."""
+
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
+import time
+from collections.abc import Callable
+
+import comfy.model_management as memory
+import comfy.utils
+from comfy.cli_args import args
+from PIL import Image
+from server import PromptServer
+
+_TEXT_EVERY_S = 0.1
+
+
+def steps(total: int) -> Callable[[int, Image.Image | None], None]:
+    """A callback for ``generate``: ``on_step(done, preview)`` moves this node's progress bar and shows the preview.
+
+    Raises the host's InterruptProcessingException as soon as the user has cancelled.
+    """
+    bar = comfy.utils.ProgressBar(total)
+
+    def on_step(done: int, preview: Image.Image | None = None) -> None:
+        memory.throw_exception_if_processing_interrupted()
+        # JPEG knows no alpha, and an error while the server encodes a preview ends the server.
+        shown = None if preview is None else ("JPEG", preview.convert("RGB"), min(args.preview_size, max(preview.size)))
+        bar.update_absolute(done, total, shown)
+
+    return on_step
+
+
+def text_progress(total: int, node_id: str) -> Callable[[int, str], None]:
+    """A callback for ``direct_prompt``: ``on_text(tokens, text)`` shows on the node what is written so far.
+
+    Raises the host's InterruptProcessingException as soon as the user has cancelled.
+    """
+    bar = comfy.utils.ProgressBar(total)
+    told = 0.0
+
+    def on_text(tokens: int, text: str) -> None:
+        nonlocal told
+        memory.throw_exception_if_processing_interrupted()
+        bar.update_absolute(min(tokens, total), total)
+        if time.monotonic() - told > _TEXT_EVERY_S:
+            PromptServer.instance.send_progress_text(text, node_id)
+            told = time.monotonic()
+
+    return on_text

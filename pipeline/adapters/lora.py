@@ -1,0 +1,240 @@
+"""A LoRA: pairs of small matrices that are added to a model's layers while it is in use (arXiv 2106.09685)."""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..checkpoints import Checkpoint
+from ..files.components import Component
+from ..files.safetensors_files import CheckpointError, check_weights, read_json
+from ..files.weights import key_of, read_tensors
+from ..model_cache import ModelCache
+from ..residency import is_out_of_memory
+from .lora_files import Factors, MadeFor, factors_of, made_for, refuse_other_methods, stand_ins
+from .private_views import skeleton
+
+MOST_STRENGTH = 20.0
+_SETTINGS = "lora_adapter_metadata"  # under which diffusers writes ranks and alphas, as JSON, into the file's metadata
+_LARGEST_SETTINGS = 2**20
+_QUOTED = 300
+# What the converters of diffusers raise on a layout that they do not know.
+_UNKNOWN_LAYOUT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that fits a checkpoint. Holds no weights.
+
+    digest: of the file; targets: by component, the layers of the file and the modules that they are added to;
+    strength: what they are multiplied by; settings, pipeline, layers_per_block: how the file's names are read.
+    """
+
+    path: Path
+    digest: str
+    strength: float
+    targets: Mapping[str, Mapping[str, str]]
+    components: tuple[str, ...]
+    denoiser: str
+    pipeline: str
+    layers_per_block: int
+    settings: Mapping[str, Any]
+    notices: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        return ("lora", self.digest, self.strength)
+
+    def acts_on(self, component: str) -> bool:
+        return self.strength != 0 and component in self.targets
+
+    def shown(self) -> None:
+        return None
+
+    def use(self, cache: ModelCache, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """On the cache's device, and pinned, while in the block: one copy, whatever the strength and the prompt."""
+        layout = f"LoRA for {self.pipeline}, {self.layers_per_block} layers a block"
+        return cache.use(key_of((self.path,), layout, dtype), lambda: self.build(dtype))
+
+    def build(self, dtype: torch.dtype) -> "LoraNetwork":
+        """Read the file to the CPU. Raises CheckpointError if it is no longer the one that was checked."""
+        if check_weights(self.path).digest != self.digest:
+            raise CheckpointError(f"{self.path.name} was replaced since it was chosen: run the workflow once more")
+        try:
+            with torch.inference_mode(False):
+                return LoraNetwork(self._factors(read_tensors((self.path,)))[0], dtype)
+        except (*_UNKNOWN_LAYOUT, SafetensorError) as error:
+            if is_out_of_memory(error) or isinstance(error, CheckpointError):
+                raise
+            raise _unknown_layout(self.path, error) from error
+
+    def lay_over(self, component: str, view: nn.Module, weights: "LoraNetwork") -> None:
+        targets = self.targets[component]
+        for number, (of, path, scale) in enumerate(weights.layers):
+            if of == component and path in targets:
+                module = view.get_submodule(targets[path])
+                down, up = weights.down[number], weights.up[number]
+                module.register_forward_hook(partial(_add, down, up, scale * self.strength))
+
+    def _factors(self, tensors: Mapping[str, Tensor]) -> tuple[list[Factors], list[str]]:
+        return factors_of(
+            tensors,
+            self.settings,
+            pipeline=getattr(importlib.import_module("diffusers"), self.pipeline),
+            layers_per_block=self.layers_per_block,
+            denoiser=self.denoiser,
+            components=self.components,
+        )
+
+
+class LoraNetwork(nn.Module):
+    """The matrices of a whole file, as one model in the cache. layers: (component, path, scale) of each."""
+
+    def __init__(self, factors: Sequence[Factors], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = tuple((one.component, one.path, one.scale) for one in factors)
+        self.down = nn.ParameterList(_frozen(one.down, dtype) for one in factors)
+        self.up = nn.ParameterList(_frozen(one.up, dtype) for one in factors)
+
+
+def open_lora(checkpoint: Checkpoint, path: Path, strength: float) -> Lora:
+    """Check a file against a checkpoint, by its header alone.
+
+    strength: -20 to 20; 0 leaves the model as it is. Layouts: those of diffusers, PEFT and Kohya, and what else
+    diffusers converts for the family. Raises CheckpointError for a file that was made for another family, naming both,
+    for one of which no layer is found in the checkpoint, and for methods that are no LoRA. Where some are found, a
+    notice tells how many.
+    """
+    if not -MOST_STRENGTH <= strength <= MOST_STRENGTH:
+        raise ValueError(f"strength must be {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}, got {strength}")
+    if checkpoint.family.tasks is None:
+        raise CheckpointError(f"{path.name}: expected no LoRA for {checkpoint.family.name}, for which none is made")
+    file = check_weights(path)
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    refuse_other_methods(path.name, shapes)
+    denoiser = "unet" if checkpoint.has("unet") else "transformer"
+    part = checkpoint.components[denoiser]
+    config = read_json(part.config) | dict(part.options)
+    _check_family(checkpoint, path, made_for(shapes), part, config)
+    per_block = config.get("layers_per_block", 2)
+    lora = Lora(
+        path,
+        file.digest,
+        strength,
+        {},
+        tuple(name for name, component in checkpoint.components.items() if component.weights),
+        denoiser,
+        checkpoint.family.tasks.text_to_image,
+        per_block if isinstance(per_block, int) else 2,
+        _settings(path),
+    )
+    try:
+        factors, left = lora._factors(stand_ins(shapes))
+    except _UNKNOWN_LAYOUT as error:
+        raise _unknown_layout(path, error) from error
+    targets, missing = _targets(checkpoint, path, factors)
+    missing += left
+    found = sum(len(layers) for layers in targets.values())
+    if not found:
+        raise CheckpointError(
+            f"{path.name}: expected layers of {checkpoint.folder.name}, a {checkpoint.family.name} model, found none "
+            f"among its {len(shapes)} tensors, the first being {next(iter(shapes), 'no tensor')}"
+        )
+    told = ()
+    if missing:
+        told = (f"{path.name}: {found} of {found + len(missing)} layers are in the model, {missing[0]} is not",)
+    return replace(lora, targets=targets, notices=told)
+
+
+def _targets(
+    checkpoint: Checkpoint, path: Path, factors: Sequence[Factors]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """By component, the layers of the file with the module of each; and those that the model does not have."""
+    found: dict[str, dict[str, str]] = {}
+    missing: list[str] = []
+    skeletons: dict[str, dict[str, nn.Module]] = {}
+    for one in factors:
+        if one.component not in skeletons:
+            skeletons[one.component] = dict(skeleton(checkpoint.components[one.component]).named_modules())
+        modules = skeletons[one.component]
+        # CLIP's layers are found with or without this name before them, by the version of transformers.
+        names = (one.path, one.path.removeprefix("text_model."), f"text_model.{one.path}")
+        name = next((name for name in names if isinstance(modules.get(name), nn.Linear | nn.Conv2d)), None)
+        if name is None:
+            missing.append(f"{one.component}.{one.path}")
+            continue
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        rank = one.down.shape[0]
+        if one.down[0].numel() != weight[0].numel() or one.up.shape[:2] != (weight.shape[0], rank):
+            raise CheckpointError(
+                f"{path.name} was made for another model: expected {one.path} from {weight.shape[1]} to "
+                f"{weight.shape[0]} channels, as in {checkpoint.folder.name}, a {checkpoint.family.name} model; found "
+                f"{one.down.shape[1]} to {one.up.shape[0]}"
+            )
+        found.setdefault(one.component, {})[one.path] = name
+    return found, missing
+
+
+def _check_family(
+    checkpoint: Checkpoint, path: Path, made: MadeFor | None, part: Component, config: Mapping[str, Any]
+) -> None:
+    if made is None:
+        return
+    width = config.get("cross_attention_dim") if part.class_name == "UNet2DConditionModel" else None
+    fits = not (isinstance(width, int) and made.width) or width == made.width
+    if part.class_name in made.denoisers and fits:
+        return
+    widths = [f", cross-attention {side} wide" if side else "" for side in (made.width, width)]
+    raise CheckpointError(
+        f"{path.name} is a LoRA of {made.name}{widths[0]}: expected one of {checkpoint.family.name}{widths[1]}, for "
+        f"{checkpoint.folder.name}"
+    )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_SETTINGS, "")
+    try:
+        found = json.loads(text) if 0 < len(text) < _LARGEST_SETTINGS else {}
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _unknown_layout(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name}: expected a LoRA as diffusers, PEFT or Kohya lay it out, got: "
+        f"{type(error).__name__} {str(error).strip()[:_QUOTED]}"
+    )
+
+
+def _frozen(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(tensor.to(dtype).clone(), requires_grad=False)
+
+
+def _add(down: Tensor, up: Tensor, scale: float, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A hook after a Linear or a Conv2d: output + scale * up(down(input))."""
+    seen = inputs[0].to(down.dtype)
+    rank = down.shape[0]
+    if isinstance(module, nn.Conv2d):
+        narrow = F.conv2d(
+            seen,
+            down.reshape(rank, *module.weight.shape[1:]),
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+        )
+        added = F.conv2d(narrow, up.reshape(-1, rank, 1, 1))
+    else:
+        added = F.linear(F.linear(seen, down.flatten(1)), up.flatten(1))
+    return output + scale * added.to(output.dtype)

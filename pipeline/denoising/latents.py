@@ -1,0 +1,114 @@
+"""Between pictures and latents: seeded noise, encoding, decoding and a look at what is under way."""
+
+import logging
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoints import Checkpoint
+from ..model_cache import ModelCache
+from ..residency import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+LARGEST_PREVIEW = 48  # latents a side
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    """One for each picture, seeded ``seed + i``; on the CPU, so that every device draws the same."""
+    return [torch.Generator("cpu").manual_seed((seed + number) % 2**64) for number in range(count)]
+
+
+def noise(shape: tuple[int, ...], sources: list[torch.Generator]) -> Tensor:
+    """(B, *shape) of float32 on the CPU, one picture from each source."""
+    return torch.stack([torch.randn(shape, generator=source) for source in sources])
+
+
+def use_vae(cache: ModelCache, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> AbstractContextManager[Any]:
+    """The decoder in the precision that it does not overflow in, float32 for some families."""
+    if cache.residency.device.type != "cpu":
+        dtype = dtype or checkpoint.family.vae_dtype
+    return checkpoint.use(cache, "vae", dtype)
+
+
+def channels_of(vae: Any) -> int:
+    return vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels
+
+
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in 0..1 -> (B, C, h, w), the most likely latents, scaled as the denoiser has them."""
+    seen = (2 * pixels - 1).to(vae.device, vae.dtype)
+    encoded = vae.encode(seen)
+    return for_denoiser(vae, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode())
+
+
+def decode_latents(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents, scaled as the denoiser has them -> RGB (B, 3, H, W) and alpha (B, 1, H, W) in 0..1.
+
+    A fourth channel is alpha, its colour premultiplied. (B, C, 1, h, w) is a film of one frame.
+    """
+    decoded = vae.decode(for_decoder(vae, latents.to(vae.device, vae.dtype)), return_dict=False)[0]
+    decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
+    values = ((decoded + 1) / 2).clamp(0, 1)
+    if values.shape[1] == 3:
+        return values, torch.ones_like(values[:, :1])
+    alpha = values[:, 3:]
+    return (values[:, :3] / alpha.clamp(min=1 / 255)).clamp(0, 1), alpha
+
+
+def decode_or_tile(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """``decode_latents`` to the CPU in float32; where memory runs out, once more in tiles and picture by picture.
+
+    The last value says whether it was tiled.
+    """
+    try:
+        pixels, alpha = decode_latents(vae, latents)
+        return pixels.float().cpu(), alpha.float().cpu(), False
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or vae.use_tiling:
+            raise
+        log.warning("out of memory while decoding %s; once more in tiles", tuple(latents.shape))
+    # Out here, where the frames of the failed attempt are gone, and with them what it had decoded.
+    vae.enable_tiling()
+    try:
+        parts = [tuple(side.float().cpu() for side in decode_latents(vae, one)) for one in latents.split(1)]
+    finally:
+        vae.use_tiling = False
+    return torch.cat([pixels for pixels, _ in parts]), torch.cat([alpha for _, alpha in parts]), True
+
+
+def preview(vae: Any, latents: Tensor) -> Tensor:
+    """The first picture over white, RGB (3, h, w) in 0..1; of large latents a small one, since it is a look only."""
+    first = latents[:1]
+    largest = max(first.shape[-2:])
+    if largest > LARGEST_PREVIEW:
+        small = [max(1, round(side * LARGEST_PREVIEW / largest)) for side in first.shape[-2:]]
+        film = first.ndim == 5
+        first = F.interpolate(first.squeeze(2) if film else first, size=small, mode="area")
+        first = first.unsqueeze(2) if film else first
+    pixels, alpha = decode_latents(vae, first)
+    return (pixels * alpha + 1 - alpha)[0]
+
+
+def for_denoiser(vae: Any, latents: Tensor) -> Tensor:
+    """As the VAE gives and takes them, which is what a host's LATENT holds -> scaled as the denoiser has them."""
+    mean, spread = _statistics(vae, latents)
+    return (latents - mean) * (vae.config.get("scaling_factor") or 1.0) / spread
+
+
+def for_decoder(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of ``for_denoiser``."""
+    mean, spread = _statistics(vae, latents)
+    return latents * spread / (vae.config.get("scaling_factor") or 1.0) + mean
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and spread that the latents were normalised by, besides the scaling factor; 0 or a shift, and 1."""
+    mean, spread = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or spread is None:
+        return vae.config.get("shift_factor") or 0.0, 1.0
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    return latents.new_tensor(mean).view(shape), latents.new_tensor(spread).view(shape)

@@ -1,0 +1,157 @@
+"""Embeddings as files: one safetensors file each, the tensors under numbers and all else as JSON in its metadata."""
+
+import contextlib
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .. import conditioning
+from ..conditioning import FusedConditioning, ImageFeatures, PromptEmbeds, Space
+from ..files.safetensors_files import CheckpointError, check_weights, shown
+
+Embeddings = PromptEmbeds | ImageFeatures | FusedConditioning
+
+LARGEST_FILE = 2**30
+FORMAT = "duet-embeddings-1"
+_MOST_NOTES = 2**20  # bytes of a file's header
+# Nothing but the plain values of conditioning can come out of a file.
+_TYPES = {name: value for name, value in vars(conditioning).items() if isinstance(value, type) and is_dataclass(value)}
+
+
+def write_embeddings(path: Path, embeddings: Embeddings) -> int:
+    """One safetensors file: the tensors, and all else as JSON in its metadata; gives its bytes.
+
+    Written beside and then renamed, so that no reader ever finds a part of it. Raises OSError.
+    """
+    data = _as_bytes(embeddings)
+    beside = path.with_name(f"{path.name.removesuffix('.safetensors')}.{uuid.uuid4().hex}.part")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    return len(data)
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """What ``write_embeddings`` wrote, on the CPU. Raises CheckpointError for any other file, in bounded memory."""
+    file = check_weights(path)
+    if file.size > LARGEST_FILE:
+        raise CheckpointError(f"{path}: expected embeddings of at most {LARGEST_FILE:,} bytes, found {file.size:,}")
+    try:
+        return _from_bytes(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"expected to read {path}, got: {error.strerror or error}") from error
+    except (ValueError, TypeError, SafetensorError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected embeddings that Duet saved; {error}") from error
+
+
+def _as_bytes(embeddings: Embeddings) -> bytes:
+    tensors: dict[str, Tensor] = {}
+    value = _told(embeddings, tensors)
+    return save(tensors, {"duet": json.dumps({"format": FORMAT, "crc32": _crc32(tensors), "value": value})})
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> int:
+    """Of the tensors' bytes; a header that has changed is noticed as it is read."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
+
+
+def _told(value: object, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON; its tensors by their names in ``tensors``."""
+    if isinstance(value, Tensor):
+        name = f"tensor-{len(tensors)}"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, tuple | list):
+        return {"tuple": [_told(item, tensors) for item in value]}
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _told(item, tensors) for key, item in value.items()}}
+    if type(value) in _TYPES.values():
+        told = {field.name: _told(getattr(value, field.name), tensors) for field in fields(value)}  # type: ignore[arg-type]
+        return {"type": type(value).__name__, "fields": told}
+    raise TypeError(f"expected a value of conditioning, got a {type(value).__name__}")
+
+
+def _from_bytes(data: bytes) -> Embeddings:
+    end = 8 + int.from_bytes(data[:8], "little")
+    if end - 8 > _MOST_NOTES:
+        raise ValueError(f"expected a header of at most {_MOST_NOTES:,} bytes, it claims {end - 8:,}")
+    tensors = load(data)  # checks that the header describes the file, before it is read here
+    notes = json.loads(json.loads(data[8:end]).get("__metadata__", {}).get("duet", "{}"))
+    if not isinstance(notes, dict) or notes.get("format") != FORMAT:
+        raise ValueError(f"its metadata has no {FORMAT}")
+    if notes.get("crc32") != _crc32(tensors):
+        raise ValueError("its tensors have changed since")
+    value = _meant(notes.get("value"), tensors)
+    if not isinstance(value, Embeddings):
+        raise ValueError(f"it holds {shown(notes.get('value'))}")
+    _check(value)
+    return value
+
+
+def _meant(told: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of ``_told``. Raises ValueError or TypeError."""
+    if not isinstance(told, dict):
+        return told
+    match told:
+        case {"tensor": str(name)} if name in tensors:
+            return tensors[name]
+        case {"tuple": list(items)}:
+            return tuple(_meant(item, tensors) for item in items)
+        case {"dict": dict(items)}:
+            return {key: _meant(item, tensors) for key, item in items.items()}
+        case {"type": str(name), "fields": dict(items)} if name in _TYPES:
+            return _TYPES[name](**{key: _meant(item, tensors) for key, item in items.items()})
+    raise ValueError(f"it describes {shown(told)}")
+
+
+def _check(value: Embeddings) -> None:
+    tokens, pooled, space = value.tokens, value.pooled, value.space
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        raise ValueError(f"expected tokens of shape (B, L, D), found {shown(getattr(tokens, 'shape', tokens))}")
+    if not isinstance(space, Space) or not isinstance(space.model, str) or space.width != tokens.shape[-1]:
+        raise ValueError(f"expected a space {tokens.shape[-1]} wide, found {space}")
+    if not (pooled is None or (isinstance(pooled, Tensor) and pooled.ndim == 2 and len(pooled) == len(tokens))):
+        raise ValueError(f"expected pooled of shape (B, P), found {shown(getattr(pooled, 'shape', pooled))}")
+    if not isinstance(value.notices, tuple) or not all(isinstance(notice, str) for notice in value.notices):
+        raise ValueError(f"expected sentences as notices, found {shown(value.notices)}")
+    if isinstance(value, ImageFeatures):
+        return
+    if not isinstance(value.mask, Tensor) or value.mask.shape != tokens.shape[:2] or value.mask.dtype != torch.bool:
+        raise ValueError(f"expected a mask of shape {tuple(tokens.shape[:2])}, found {shown(value.mask)}")
+    for other in (value.negative, getattr(value, "second", None)):
+        if other is not None:
+            if type(other) is not type(value):
+                raise ValueError(f"expected a negative of the same kind, found {shown(type(other))}")
+            _check(other)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same value with every tensor on ``device`` and contiguous, as it comes from a file."""
+    if isinstance(value, Tensor):
+        return value.to(device).contiguous()
+    if isinstance(value, tuple | list):
+        return tuple(moved(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if type(value) in _TYPES.values():
+        return type(value)(**{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
