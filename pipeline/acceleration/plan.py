@@ -16,11 +16,11 @@ class SpeedPlan:
 
     num_inference_steps, guidance_scale: None leaves both to the caller. scheduler: one of SCHEDULERS; "checkpoint" is
     the one in its folder, "automatic" the one that fits what the checkpoint is. shift: of flow matching's sigmas, None
-    for the scheduler's own. step_cache: 0..1, how far the denoiser's input may drift, relative to its size, before it is
-    computed again; 0 computes all. unet_cache: every how many steps the deep blocks of a UNet are computed (DeepCache,
-    arXiv 2312.00858); 1 is always. decoder: a file or folder of an AutoencoderTiny in place of the model's own, None for
-    none; preview: the same, for looks on the way. compile, quantisation, dtype, memory_format: one of the tuples above.
-    measure_loss: draw a second time by ``EXACT`` and say how far apart the two are.
+    for the scheduler's own. step_cache: 0..1, how far the denoiser's input may drift, relative to its size, before it
+    is computed again; 0 computes all. unet_cache: every how many steps the deep blocks of a UNet are computed
+    (DeepCache, arXiv 2312.00858); 1 is always. decoder: a file or folder of an AutoencoderTiny in place of the model's
+    own, None for none; preview: the same, for looks on the way. compile, quantisation, dtype, memory_format: one of
+    the tuples above. measure_loss: draw a second time by ``exact()`` and say how far apart the two are.
     """
 
     name: str = "exact"
