@@ -84,7 +84,7 @@ _SCHEDULERS = {
 }
 # Libraries of model_index.json that are no top-level package: where their classes are.
 _MODULES = {
-    "duet": {"FusionNetwork": (".fusion_network", __package__)},
+    "duet": {"FusionNetwork": ("..fusing.fusion_network", __package__)},
     "kolors": {
         "ChatGLMModel": ("diffusers.pipelines.kolors.text_encoder", None),
         "ChatGLMTokenizer": ("diffusers.pipelines.kolors.tokenizer", None),
