@@ -1,5 +1,6 @@
 """The values that flow between stages. Nothing here computes; every field states its shape."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -73,11 +74,43 @@ class FusedConditioning:
 
 
 @dataclass(frozen=True)
+class GenerationReport:
+    """What a run of the generator cost, and what its shortcuts cost in turn. All of it was measured, in that run.
+
+    plan: the speed plan's name; milliseconds: by stage, in the order they ran. steps_computed and steps_skipped: of the
+    denoiser, as asked of it, so guidance counts twice; blocks_computed and blocks_skipped: within the steps that were
+    computed, where a cache of blocks was on, else 0. dtype: the denoiser's, such as "float16"; device: such as
+    "cuda:0". cache_hits, cache_misses: uses of models in the run that were at hand, and that were read.
+    model_bytes: of the models used, each once; peak_bytes: on CUDA the most that was allocated on the device, on a CPU
+    the most that the process grew by, None where that cannot be told. retries: the stages that were computed a second
+    time, in float32. psnr, in dB and infinite where nothing differs, and ssim, at most 1: the pictures against the same
+    without a shortcut, over white; None unless it was asked for.
+    """
+
+    plan: str
+    milliseconds: Mapping[str, float]
+    steps_computed: int
+    steps_skipped: int
+    dtype: str
+    device: str
+    cache_hits: int
+    cache_misses: int
+    model_bytes: int
+    peak_bytes: int | None
+    blocks_computed: int = 0
+    blocks_skipped: int = 0
+    retries: tuple[str, ...] = ()
+    psnr: float | None = None
+    ssim: float | None = None
+
+
+@dataclass(frozen=True)
 class Pictures:
     """Finished pictures. pixels: (B, 3, H, W) in 0..1, not premultiplied; alpha: (B, 1, H, W) in 0..1.
 
     milliseconds: time spent by stage name ("generation", "decode"); notices: sentences for the user.
     latents: (B, C, h, w) on the CPU, what was decoded, scaled as the denoiser has them; None where they have no grid.
+    report: what the run cost.
     """
 
     pixels: Tensor
@@ -85,3 +118,4 @@ class Pictures:
     milliseconds: dict[str, float]
     notices: tuple[str, ...] = ()
     latents: Tensor | None = None
+    report: GenerationReport | None = None
