@@ -34,7 +34,7 @@ def generate(
     checkpoint: Checkpoint,
     conditioning: FusedConditioning,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     num_inference_steps: int = 4,
     guidance_scale: float = 1.0,
     width: int = 512,
@@ -48,9 +48,9 @@ def generate(
 ) -> Pictures:
     """``batch_size`` pictures for each entry of the conditioning's batch, or the image's, in that order.
 
-    Picture i draws its noise from a generator seeded ``seed + i`` on the CPU, so each equals its own single run; the
-    noise that words alone start from is the same on every device. guidance_scale above 1 steers away from the negative
-    prompt (arXiv 2207.12598) at twice the work; a distilled model takes it as a number at no cost.
+    Picture i draws its noise from a generator seeded ``seed + i``, or ``seed[i]`` where there is one for each, on the
+    CPU, so each equals its own single run; words alone start from the same noise on every device. guidance_scale above
+    1 steers away from the negative (arXiv 2207.12598) at twice the work; a distilled model takes it at no cost.
     image: (B, 3, H, W) in 0..1 to draw from, cut to the frame; mask: (B or 1, H, W) in 0..1, 1 where it is drawn anew,
     and elsewhere the image is kept to the pixel; strength: 0..1, the share of the steps that are taken, at least one.
     sigmas: a host's schedule, from high to low, to walk along by Euler's method in place of the model's own steps.
@@ -104,7 +104,7 @@ def _draw(
     conditioning: FusedConditioning,
     source: Source | None,
     frame: Frame,
-    seed: int,
+    seed: int | Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
     sigmas: Sequence[float] | None,

@@ -1,7 +1,7 @@
 """Drawing by diffusers' own pipelines: from words, from a picture, and within a mask."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ def draw(
     vae: Any,
     conditioning: FusedConditioning,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
     width: int,
@@ -45,8 +45,9 @@ def draw(
 ) -> Tensor:
     """Latents as ``decode_latents`` takes them, one for each entry of the condition and of the source.
 
-    Picture i draws everything from a generator seeded ``seed + i``. image_embeds: of pictures that IP-Adapters show,
-    one tensor for each of them, and in place of them. Raises ValueError where diffusers cannot draw so.
+    Picture i draws everything from a generator seeded ``seed + i`` or ``seed[i]``. image_embeds: of pictures that
+    IP-Adapters show, one tensor for each of them, and in place of them. Raises ValueError where diffusers cannot draw
+    so.
     """
     family = checkpoint.family
     name = "unet" if checkpoint.has("unet") else "transformer"

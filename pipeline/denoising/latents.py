@@ -1,6 +1,7 @@
 """Between pictures and latents: seeded noise, encoding, decoding and a look at what is under way."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,9 +18,12 @@ log = logging.getLogger(__name__)
 LARGEST_PREVIEW = 48  # latents a side
 
 
-def generators(seed: int, count: int) -> list[torch.Generator]:
-    """One for each picture, seeded ``seed + i``; on the CPU, so that every device draws the same."""
-    return [torch.Generator("cpu").manual_seed((seed + number) % 2**64) for number in range(count)]
+def generators(seed: int | Sequence[int], count: int) -> list[torch.Generator]:
+    """One for each picture, seeded ``seed + i`` or ``seed[i]``; on the CPU, so that every device draws the same."""
+    seeds = [seed + number for number in range(count)] if isinstance(seed, int) else seed
+    if len(seeds) != count:
+        raise ValueError(f"expected a seed for each of {count} pictures, got {len(seeds)} seeds")
+    return [torch.Generator("cpu").manual_seed(one % 2**64) for one in seeds]
 
 
 def noise(shape: tuple[int, ...], sources: list[torch.Generator]) -> Tensor:
