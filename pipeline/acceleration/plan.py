@@ -9,6 +9,11 @@ QUANTISATION = ("off", "int8", "int8 dynamic", "float8")
 DTYPES = ("automatic", "float32", "float16", "bfloat16")
 MEMORY_FORMATS = ("contiguous", "channels_last")
 
+MOST_STEPS, LARGEST_GUIDANCE, LARGEST_SHIFT, LONGEST_INTERVAL = 1000, 100.0, 100.0, 100
+
+# What a preset leaves out where it cannot be; each is off at the value of EXACT.
+SHORTCUTS = ("step_cache", "unet_cache", "compile", "quantisation", "memory_format")
+
 
 @dataclass(frozen=True)
 class SpeedPlan:
@@ -21,6 +26,8 @@ class SpeedPlan:
     (DeepCache, arXiv 2312.00858); 1 is always. decoder: a file or folder of an AutoencoderTiny in place of the model's
     own, None for none; preview: the same, for looks on the way. compile, quantisation, dtype, memory_format: one of
     the tuples above. measure_loss: draw a second time by ``exact()`` and say how far apart the two are.
+    where_it_fits: those of SHORTCUTS that are left out, with a notice, where the model or the machine cannot do them or
+    they cannot pay; all others are refused there. Raises ValueError for a number or a choice out of range.
     """
 
     name: str = "exact"
@@ -37,11 +44,54 @@ class SpeedPlan:
     dtype: str = "automatic"
     memory_format: str = "contiguous"
     measure_loss: bool = False
+    where_it_fits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for said, value, low, high in (
+            ("steps", self.num_inference_steps, 1, MOST_STEPS),
+            ("guidance scale", self.guidance_scale, 0, LARGEST_GUIDANCE),
+            ("shift", self.shift, 0.01, LARGEST_SHIFT),
+            ("step cache", self.step_cache, 0, 1),
+            ("UNet cache", self.unet_cache, 1, LONGEST_INTERVAL),
+        ):
+            if value is not None and not low <= value <= high:  # not a number is in no range
+                raise ValueError(f"{said} of a speed plan must be {low:g} to {high:g}, got {value:g}")
+        for said, value, known in (
+            ("scheduler", self.scheduler, SCHEDULERS),
+            ("compile", self.compile, COMPILE),
+            ("quantisation", self.quantisation, QUANTISATION),
+            ("dtype", self.dtype, DTYPES),
+            ("memory format", self.memory_format, MEMORY_FORMATS),
+            *(("what is left out where it does not fit", name, SHORTCUTS) for name in self.where_it_fits),
+        ):
+            if value not in known:
+                raise ValueError(f"{said} of a speed plan must be one of {', '.join(known)}; got {str(value)[:80]!r}")
 
     def exact(self) -> "SpeedPlan":
         """The same picture without a shortcut: as many steps along the same schedule, each computed whole."""
         kept = {"num_inference_steps", "guidance_scale", "scheduler", "shift"}
         return replace(EXACT, name="exact", **{name: getattr(self, name) for name in kept})
 
+    def without(self, *dials: str) -> "SpeedPlan":
+        """The same with these of SHORTCUTS off."""
+        return replace(self, **{dial: getattr(EXACT, dial) for dial in dials})
+
+    @property
+    def takes_shortcuts(self) -> bool:
+        """Whether its pictures may differ from those of ``exact()``."""
+        plain = replace(self.exact(), name=self.name, preview=self.preview, measure_loss=self.measure_loss)
+        return replace(self, where_it_fits=()) != plain
+
 
 EXACT = SpeedPlan()
+# Steps a distilled model needs, walked along the schedule that it was distilled for.
+LIGHTNING = SpeedPlan(
+    name="lightning", num_inference_steps=4, scheduler="automatic", memory_format="channels_last",
+    where_it_fits=SHORTCUTS,
+)  # fmt: skip
+# What costs little that can be seen: as many steps as Generate says, of which caches skip what hardly changes.
+BALANCED = SpeedPlan(
+    name="balanced", scheduler="automatic", step_cache=0.1, unet_cache=3, memory_format="channels_last",
+    where_it_fits=SHORTCUTS,
+)  # fmt: skip
+PRESETS = {plan.name: plan for plan in (LIGHTNING, BALANCED, EXACT)}
