@@ -1,0 +1,115 @@
+"""Which of a step's calls of the denoiser is made: what is steered towards and what is steered away from stay apart."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+State = TypeVar("State")
+_SAMPLE, _TIMESTEP = ("sample", "hidden_states", "x"), ("timestep", "t")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a denoiser of diffusers is called with. condition: all but the sample and the time, by name."""
+
+    sample: Tensor
+    timestep: Any
+    condition: Mapping[str, Any]
+
+
+def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Raises ValueError where the sample is no one tensor."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    said = dict(zip(names, args, strict=False)) | dict(kwargs)
+    sample, timestep = (next((said.pop(name) for name in some if name in said), None) for some in (_SAMPLE, _TIMESTEP))
+    if not isinstance(sample, Tensor) or timestep is None:
+        raise ValueError(
+            f"expected a denoiser that is told one tensor and a timestep, got {type(denoiser).__name__}, which is told "
+            f"{', '.join(names)}"
+        )
+    return Call(sample, timestep, said)
+
+
+@dataclass
+class _Branch(Generic[State]):
+    condition: tuple[object, ...]
+    state: State
+    calls: int
+    timestep: object
+    sample: Tensor
+    over: bool = False
+
+
+class GuidanceBranches(Generic[State]):
+    """One state for each condition that the denoiser is called with, from its first step to its last.
+
+    A branch is known by all that it is told besides the sample and the time, such as ``encoder_hidden_states``: by
+    identity, else by value. So guidance may be one call of a doubled batch, two calls, or more, in any order. After
+    ``num_inference_steps`` steps the branch's state is dropped, and the next call begins a new run.
+    """
+
+    def __init__(self, make: Callable[[], State], num_inference_steps: int) -> None:
+        self._make = make
+        self._steps = num_inference_steps
+        self._branches: list[_Branch[State]] = []
+
+    def enter(self, call: Call) -> tuple[State, int]:
+        """The state of the call's branch, and the number of its step, from 0."""
+        said = tuple(_leaves(call.condition))
+        sample, timestep, shape = call.sample, call.timestep, call.sample.shape
+        found = next((one for one in self._branches if one.sample.shape == shape and _alike(one.condition, said)), None)
+        if found is None:
+            found = _Branch(said, self._make(), 0, timestep, sample)
+            self._branches.append(found)
+        elif not _same_step(found, sample, timestep):
+            found.calls = 0 if found.over else found.calls + 1
+            found.over = False
+        found.timestep, found.sample = timestep, sample
+        return found.state, found.calls
+
+    def leave(self, state: State) -> None:
+        """At the end of a call: drops what is held for its branch where the step was the last one."""
+        for one in self._branches:
+            if one.state is state and one.calls + 1 >= self._steps:
+                one.state, one.over = self._make(), True
+
+    def clear(self) -> None:
+        self._branches = []
+
+
+def _same_step(branch: _Branch[Any], sample: Tensor, timestep: object) -> bool:
+    # Two sides of guidance that are told the same: the loop hands both the very same timestep. A number may be the
+    # same object by chance, so only a tensor tells.
+    return isinstance(timestep, Tensor) and timestep is branch.timestep and torch.equal(sample, branch.sample)
+
+
+def _leaves(value: Any) -> Iterator[object]:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield key
+            yield from _leaves(value[key])
+    elif isinstance(value, list | tuple):
+        yield len(value)
+        for part in value:
+            yield from _leaves(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _leaves({field.name: getattr(value, field.name) for field in fields(value)})
+    else:
+        yield value
+
+
+def _alike(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    return len(one) == len(other) and all(map(_equal, one, other))
+
+
+def _equal(one: object, other: object) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        same_kind = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+        return same_kind and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)

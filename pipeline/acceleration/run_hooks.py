@@ -1,0 +1,25 @@
+"""Hooks of diffusers on a denoiser's private view, for one run."""
+
+from typing import Any
+
+from diffusers.hooks import HookRegistry, ModelHook
+
+from ..adapters.private_views import private_view
+
+
+class RunHook(ModelHook):
+    """In place of a module's forward."""
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module did before the hook was laid on."""
+        reference: Any = self.fn_ref
+        return reference.original_forward(*args, **kwargs)
+
+
+def run_view(module: Any) -> Any:
+    """A private view; the module itself where it has hooks, since then it is a run's own view already."""
+    return module if hasattr(module, "_diffusers_hook") else private_view(module)
+
+
+def hook_on(module: Any, hook: ModelHook, name: str) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
