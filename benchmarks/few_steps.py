@@ -1,7 +1,7 @@
 """How much of the small model's quality one step keeps: top-5 of the quality protocol at 1 step over that at 16.
 
-The questions, the judge and the artist are those of ``mini_quality``; every number of steps draws the same seen concepts
-from the same noise. ``python -m benchmarks few_steps`` prints one JSON object alone: the ratio and its standard error,
+The questions, the judge and the artist are those of ``mini_quality``; every number of steps draws the same seen
+concepts from the same noise. ``python -m benchmarks few_steps`` prints one JSON object alone: the ratio and its error,
 since the shares are of a sample, the shares by number of steps, and the ratio to the best of them, because more steps
 are not always better. Needs the optional group ``train`` and the pictures in ``.cache/mini``.
 """
