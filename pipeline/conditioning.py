@@ -77,10 +77,11 @@ class FusedConditioning:
 class GenerationReport:
     """What a run of the generator cost, and what its shortcuts cost in turn. All of it was measured, in that run.
 
-    plan: the speed plan's name; milliseconds: by stage, in the order they ran. steps_computed and steps_skipped: of the
-    denoiser, as asked of it, so guidance counts twice; blocks_computed and blocks_skipped: within the steps that were
-    computed, where a cache of blocks was on, else 0. dtype: the denoiser's, such as "float16"; device: such as
-    "cuda:0". cache_hits, cache_misses: uses of models in the run that were at hand, and that were read.
+    plan: the speed plan's name; shortcuts: those of its dials that were on, in words. milliseconds: by stage, in the
+    order they ran. steps_computed and steps_skipped: calls of the denoiser that ran all of it, and that took part or
+    all of their prediction from an earlier one; guidance in two calls counts each. blocks_computed and blocks_skipped:
+    of the denoiser in those calls, where a cache counts them, else 0. dtype: the denoiser's, such as "float16"; device:
+    such as "cuda:0". cache_hits, cache_misses: uses of models in the run that were at hand, and that were read.
     model_bytes: of the models used, each once; peak_bytes: on CUDA the most that was allocated on the device, on a CPU
     the most that the process grew by, None where that cannot be told. retries: the stages that were computed a second
     time, in float32. psnr, in dB and infinite where nothing differs, and ssim, at most 1: the pictures against the same
@@ -102,6 +103,7 @@ class GenerationReport:
     retries: tuple[str, ...] = ()
     psnr: float | None = None
     ssim: float | None = None
+    shortcuts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
-"""FusedConditioning -> pictures: a few denoising steps, then the decoder."""
+"""FusedConditioning -> pictures: a few denoising steps, then the decoder, as a speed plan has them."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .acceleration.applied import Applied, decoder_precision, use_denoiser
+from .acceleration.measuring import psnr, ssim
+from .acceleration.plan import EXACT, SpeedPlan
+from .acceleration.work import Work
 from .adapters.private_views import pictures_shown
 from .checkpoints import Checkpoint
-from .conditioning import FusedConditioning, Pictures
+from .conditioning import FusedConditioning, GenerationReport, Pictures
 from .denoising.batches import kept_outside, on_device, source_for, together
 from .denoising.checks import check_channels, check_numbers, check_sigmas, check_space
 from .denoising.diffusers_generation import Source, draw
 from .denoising.frame import Frame, frame_for, resized
 from .denoising.latents import channels_of, decode_or_tile, generators, noise, preview, use_vae
+from .denoising.measures import Meter
+from .denoising.nan_guard import NanGuard
 from .denoising.unet_sampler import denoise
 from .model_cache import ModelCache
 from .residency import OutOfDeviceMemory, is_out_of_memory
@@ -23,6 +29,20 @@ from .residency import OutOfDeviceMemory, is_out_of_memory
 Preview = Callable[[], Tensor]
 OnStep = Callable[[int, int, Preview], None]
 Drawn = TypeVar("Drawn")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    scheduler: object
+    num_inference_steps: int
+    guidance_scale: float
+    notices: tuple[str, ...] = ()
+
+
+def schedule_for(checkpoint: Checkpoint, plan: SpeedPlan, num_inference_steps: int, guidance_scale: float) -> Schedule:
+    steps = plan.num_inference_steps or num_inference_steps
+    scale = guidance_scale if plan.guidance_scale is None else plan.guidance_scale
+    return Schedule(checkpoint.scheduler(), steps, scale)
 
 
 def generate(
@@ -40,6 +60,7 @@ def generate(
     mask: Tensor | None = None,
     strength: float = 1.0,
     sigmas: Sequence[float] | None = None,
+    plan: SpeedPlan = EXACT,
     on_step: OnStep | None = None,
 ) -> Pictures:
     """``batch_size`` pictures for each entry of the conditioning's batch, or the image's, in that order.
@@ -50,86 +71,135 @@ def generate(
     image: (B, 3, H, W) in 0..1 to draw from, cut to the frame; mask: (B or 1, H, W) in 0..1, 1 where it is drawn anew,
     and elsewhere the image is kept to the pixel; strength: 0..1, the share of the steps that are taken, at least one.
     sigmas: a host's schedule, from high to low, to walk along by Euler's method in place of the model's own steps.
+    plan: which shortcuts are taken; its steps and guidance, where it has them, go before those given here.
     on_step(step, total, preview) is called after each step; preview() decodes what there is to RGB (3, h, w) in 0..1,
     and an exception raised there stops the run within a step. Sizes that the model cannot make are rounded, or the
-    picture resized, and a notice says so. Raises ValueError on numbers out of range, a condition of another model's
-    space, or a task that the family does not have; FloatingPointError where the model gives no numbers;
+    picture resized, and a notice says so. Denoising or decoding that gives no numbers is done once more in float32.
+    Raises ValueError on numbers out of range, a condition of another model's space, a task that the family does not
+    have, or a shortcut that it cannot take; FloatingPointError where float32 gives no numbers either;
     OutOfDeviceMemory where they do not fit, with nothing left behind.
     """
     check_numbers(num_inference_steps, guidance_scale, width, height, batch_size, strength)
     check_space(checkpoint, conditioning)
+    schedule = schedule_for(checkpoint, plan, num_inference_steps, guidance_scale)
     if sigmas is not None:
-        check_sigmas(checkpoint, sigmas, image)
-        num_inference_steps = len(sigmas) - 1
+        check_sigmas(checkpoint, sigmas, image, plan)
+        schedule = replace(schedule, num_inference_steps=len(sigmas) - 1)
     frame = frame_for(checkpoint.family, width, height, from_picture=image is not None)
-    source, told = source_for(checkpoint, frame, image, mask, strength, num_inference_steps)
+    source, told = source_for(checkpoint, frame, image, mask, strength, schedule.num_inference_steps)
     conditioning, source = together(conditioning, source, batch_size)
-
-    def attempt() -> tuple[Pictures, Tensor]:
-        started = time.perf_counter()
-        latents = _draw(
-            cache, checkpoint, conditioning, source, frame, seed, num_inference_steps, guidance_scale, sigmas, on_step
-        )
-        denoised = time.perf_counter()
-        pixels, alpha, told_too = _decode(cache, checkpoint, latents)
-        spent = {"generation": 1000 * (denoised - started), "decode": 1000 * (time.perf_counter() - denoised)}
-        return Pictures(pixels, alpha, spent, conditioning.notices + frame.notices + told + told_too), latents
-
-    drawn = _or_out_of_memory(attempt)
-    if isinstance(drawn, str):
-        # Out here, where the frames of the failed attempt are gone, and with them what it had on the device.
-        if cache.residency.device.type == "cuda":
-            torch.cuda.empty_cache()
+    task = _Task(cache, checkpoint, conditioning, source, frame, seed, schedule, sigmas, image, mask, on_step)
+    pictures = _or_out_of_memory(cache, lambda: _pictures(task, plan))
+    if isinstance(pictures, str):
         raise OutOfDeviceMemory(
             f"{checkpoint.folder.name}: {conditioning.tokens.shape[0]} of {frame.width}x{frame.height} did not fit "
-            f"into memory while they were drawn; choose a smaller size or batch ({drawn})"
+            f"into memory while they were drawn; choose a smaller size or batch ({pictures})"
         )
-    pictures, latents = drawn
-    pixels, alpha = resized(pictures.pixels, pictures.alpha, frame)
-    if image is not None and mask is not None:
-        pixels = kept_outside(pixels, image, mask)
+    if plan.measure_loss:
+        pictures = _compared(pictures, task, plan)
+    return replace(pictures, notices=conditioning.notices + frame.notices + schedule.notices + told + pictures.notices)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is drawn, whatever shortcuts are taken."""
+
+    cache: ModelCache
+    checkpoint: Checkpoint
+    conditioning: FusedConditioning
+    source: Source | None
+    frame: Frame
+    seed: int | Sequence[int]
+    schedule: Schedule
+    sigmas: Sequence[float] | None
+    image: Tensor | None
+    mask: Tensor | None
+    on_step: OnStep | None
+
+    @property
+    def steps_taken(self) -> int:
+        """Of the schedule's; fewer from a picture, except in families that take all of them from less noise."""
+        steps = self.schedule.num_inference_steps
+        if self.source is None or self.checkpoint.family.strength_steps == "all":
+            return steps
+        return max(1, round(self.source.strength * steps))
+
+
+def _pictures(task: _Task, plan: SpeedPlan) -> Pictures:
+    meter, guard = Meter(task.cache), NanGuard(task.checkpoint.folder.name)
+    work, attempts, told = Work(), [], []
+
+    def denoised(again: bool) -> tuple[tuple[Tensor, ...], str]:
+        attempts.append(Applied(work))
+        return _denoised(task, plan.in_float32() if again else plan, attempts[-1])
+
+    def decoded(again: bool) -> tuple[tuple[Tensor, ...], str]:
+        return _decoded(task, latents, plan.in_float32() if again else plan, told)
+
+    with meter.stage("generation"):
+        (latents,) = guard.finite("denoising", denoised)
+    with meter.stage("decode"):
+        pixels, alpha = guard.finite("decoding", decoded)
+    pixels, alpha = resized(pixels, alpha, task.frame)
+    if task.image is not None and task.mask is not None:
+        pixels = kept_outside(pixels, task.image, task.mask)
+    applied = attempts[-1]
+    hits, misses = meter.uses()
+    report = GenerationReport(
+        plan=plan.name,
+        shortcuts=tuple(applied.shortcuts),
+        milliseconds=meter.milliseconds,
+        steps_computed=work.steps_computed,
+        steps_skipped=work.steps_from_cache,
+        blocks_computed=work.blocks_computed,
+        blocks_skipped=work.blocks_skipped,
+        dtype=applied.precision,
+        device=str(task.cache.residency.device),
+        cache_hits=hits,
+        cache_misses=misses,
+        model_bytes=meter.model_bytes(),
+        peak_bytes=meter.peak_bytes(),
+        retries=tuple(guard.retries),
+    )
     # The latents go along for the host's own nodes, which decode, upscale and sample them further.
     latents = latents.float().cpu()
     latents = latents[:, :, 0] if latents.ndim == 5 else latents
-    return replace(pictures, pixels=pixels, alpha=alpha, latents=latents)
+    notices = (*applied.notices, *guard.notices, *dict.fromkeys(told))
+    return Pictures(pixels, alpha, meter.milliseconds, notices, latents, report)
 
 
-def _draw(
-    cache: ModelCache,
-    checkpoint: Checkpoint,
-    conditioning: FusedConditioning,
-    source: Source | None,
-    frame: Frame,
-    seed: int | Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    sigmas: Sequence[float] | None,
-    on_step: OnStep | None,
-) -> Tensor:
-    family = checkpoint.family
+def _denoised(task: _Task, plan: SpeedPlan, applied: Applied) -> tuple[tuple[Tensor, ...], str]:
+    """Latents, and the precision of the denoiser that gave them."""
+    cache, checkpoint, conditioning = task.cache, task.checkpoint, task.conditioning
+    family, frame, source, schedule = checkpoint.family, task.frame, task.source, task.schedule
     name = "unet" if checkpoint.has("unet") else "transformer"
-    with use_vae(cache, checkpoint) as vae, checkpoint.use(cache, name) as denoiser, torch.inference_mode():
+    with (
+        use_vae(cache, checkpoint, decoder_precision(checkpoint, plan)) as vae,
+        use_denoiser(cache, checkpoint, name, plan, task.steps_taken, applied) as denoiser,
+        torch.inference_mode(),
+    ):
+        scheduler = deepcopy(schedule.scheduler)  # since it counts its steps
 
         def look(step: int, total: int, latents: Callable[[], Tensor]) -> None:
-            if on_step is not None:
-                on_step(step, total, lambda: preview(vae, latents()))
+            if task.on_step is not None:
+                task.on_step(step, total, lambda: preview(vae, latents()))
 
         shown = pictures_shown(checkpoint.adapters, name, denoiser, conditioning.tokens.shape[0])
         if name == "unet" and family.tasks is not None:
             check_channels(checkpoint, denoiser, source)
         if family.own_sampler and source is None:
-            sources = generators(seed, conditioning.tokens.shape[0])
+            sources = generators(task.seed, conditioning.tokens.shape[0])
             shape = (channels_of(vae), frame.height // family.downscale, frame.width // family.downscale)
             latents = denoise(
                 denoiser,
-                checkpoint.scheduler(),
+                scheduler,
                 noise(shape, sources).to(denoiser.device, denoiser.dtype),
                 on_device(conditioning, denoiser),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                num_inference_steps=schedule.num_inference_steps,
+                guidance_scale=schedule.guidance_scale,
                 start_noise=family.start_noise,
                 generators=sources,
-                sigmas=sigmas,
+                sigmas=task.sigmas,
                 image_embeds=shown,
                 on_step=lambda step, total, now: look(step, total, lambda: now),
             )
@@ -139,42 +209,55 @@ def _draw(
                 denoiser,
                 vae,
                 conditioning,
-                seed=seed,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                scheduler=scheduler,
+                seed=task.seed,
+                num_inference_steps=schedule.num_inference_steps,
+                guidance_scale=schedule.guidance_scale,
                 width=frame.width,
                 height=frame.height,
                 source=source,
                 image_embeds=shown,
                 on_step=look,
             )
-    if not torch.isfinite(latents).all():
-        raise FloatingPointError(
-            f"{checkpoint.folder.name}: denoising gave values that are no numbers; no picture was made"
-        )
-    return latents
+        return (latents,), applied.precision
 
 
-def _decode(cache: ModelCache, checkpoint: Checkpoint, latents: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Pixels and alpha on the CPU. Half precision that overflows is tried once more in float32."""
-    with use_vae(cache, checkpoint) as vae, torch.inference_mode():
+def _decoded(task: _Task, latents: Tensor, plan: SpeedPlan, told: list[str]) -> tuple[tuple[Tensor, ...], str]:
+    """Pixels and alpha on the CPU, and the precision of the decoder that gave them."""
+    dtype = decoder_precision(task.checkpoint, plan)
+    with use_vae(task.cache, task.checkpoint, dtype) as vae, torch.inference_mode():
         pixels, alpha, tiled = decode_or_tile(vae, latents)
-        full = vae.dtype == torch.float32
-    if not full and not torch.isfinite(pixels).all():
-        with use_vae(cache, checkpoint, torch.float32) as vae, torch.inference_mode():
-            pixels, alpha, tiled = decode_or_tile(vae, latents)
-    if not torch.isfinite(pixels).all():
-        raise FloatingPointError(
-            f"{checkpoint.folder.name}: decoding gave values that are no numbers; no picture was made"
-        )
-    return pixels, alpha, ("decoded in tiles, since the whole did not fit into memory",) if tiled else ()
+        if tiled:
+            told.append("decoded in tiles, since the whole did not fit into memory")
+        return (pixels, alpha), str(vae.dtype).removeprefix("torch.")
 
 
-def _or_out_of_memory(attempt: Callable[[], Drawn]) -> Drawn | str:
+def _compared(pictures: Pictures, task: _Task, plan: SpeedPlan) -> Pictures:
+    """With the loss in its report, and a further stage for what it took to measure."""
+    if not plan.takes_shortcuts:
+        return replace(pictures, notices=(*pictures.notices, "no loss to measure, since the plan takes no shortcut"))
+    meter = Meter(task.cache)
+    with meter.stage("comparison"):
+        exact = _or_out_of_memory(task.cache, lambda: _pictures(task, plan.exact()))
+    if isinstance(exact, str):
+        told = f"the loss was not measured, since the exact pictures did not fit into memory ({exact})"
+        return replace(pictures, notices=(*pictures.notices, told))
+    one, other = (1 + side.alpha * (side.pixels - 1) for side in (pictures, exact))
+    spent = {**pictures.milliseconds, **meter.milliseconds}
+    assert pictures.report is not None, "each run has one"
+    report = replace(pictures.report, milliseconds=spent, psnr=psnr(one, other).mean, ssim=ssim(one, other).mean)
+    return replace(pictures, milliseconds=spent, report=report)
+
+
+def _or_out_of_memory(cache: ModelCache, attempt: Callable[[], Drawn]) -> Drawn | str:
     """What it gives, or what was said when memory ran out while drawing; not while loading, which says it better."""
     try:
         return attempt()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, OutOfDeviceMemory) or not is_out_of_memory(error):
             raise
-        return str(error).partition("\n")[0][:200]
+        said = str(error).partition("\n")[0][:200]
+    # Out here, where the frames of the failed attempt are gone, and with them what it had on the device.
+    if cache.residency.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return said

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..acceleration.plan import SpeedPlan
 from ..checkpoints import Checkpoint
 from ..conditioning import FusedConditioning
 from .diffusers_generation import Source
@@ -34,12 +35,19 @@ def check_space(checkpoint: Checkpoint, conditioning: FusedConditioning) -> None
         raise ValueError(f"expected a condition of {expected}, got one of {conditioning.space}")
 
 
-def check_sigmas(checkpoint: Checkpoint, sigmas: Sequence[float], image: Tensor | None) -> None:
+def check_sigmas(checkpoint: Checkpoint, sigmas: Sequence[float], image: Tensor | None, plan: SpeedPlan) -> None:
     """For the host's schedules, which its own samplers of Stable Diffusion walk along."""
     if not checkpoint.family.own_sampler or checkpoint.has("fusion"):
         raise ValueError(f"expected no sigmas for {checkpoint.family.name}, which has steps of its own, got some")
     if image is not None:
         raise ValueError("expected sigmas to draw along or an image to draw from, got both")
+    walks = {"steps": plan.num_inference_steps, "shift": plan.shift}
+    walks["scheduler"] = None if plan.scheduler == "checkpoint" else plan.scheduler
+    given = ", ".join(f"{name} {value}" for name, value in walks.items() if value is not None)
+    if given:
+        raise ValueError(
+            f"expected {len(sigmas)} sigmas to draw along, or a speed plan that says how; got both: {given}"
+        )
     falling = all(high > low >= 0 for high, low in pairwise(sigmas))
     if not 2 <= len(sigmas) <= MOST_STEPS + 1 or not falling or not math.isfinite(sigmas[0]):
         quoted = ", ".join(f"{sigma:g}" for sigma in sigmas[:6])

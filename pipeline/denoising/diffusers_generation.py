@@ -34,6 +34,7 @@ def draw(
     vae: Any,
     conditioning: FusedConditioning,
     *,
+    scheduler: Any = None,
     seed: int | Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
@@ -45,13 +46,13 @@ def draw(
 ) -> Tensor:
     """Latents as ``decode_latents`` takes them, one for each entry of the condition and of the source.
 
-    Picture i draws everything from a generator seeded ``seed + i`` or ``seed[i]``. image_embeds: of pictures that
-    IP-Adapters show, one tensor for each of them, and in place of them. Raises ValueError where diffusers cannot draw
-    so.
+    Picture i draws everything from a generator seeded ``seed + i`` or ``seed[i]``. scheduler: None for the model's own.
+    image_embeds: of pictures that IP-Adapters show, one tensor for each of them, and in place of them. Raises
+    ValueError where diffusers cannot draw so.
     """
     family = checkpoint.family
     name = "unet" if checkpoint.has("unet") else "transformer"
-    parts = {name: denoiser, "vae": vae, "scheduler": checkpoint.scheduler()}
+    parts = {name: denoiser, "vae": vae, "scheduler": scheduler or checkpoint.scheduler()}
     pipeline = assemble(checkpoint, _class_for(checkpoint, source), parts)
     accepted = inspect.signature(type(pipeline).__call__).parameters
     own = generators(seed, conditioning.tokens.shape[0])

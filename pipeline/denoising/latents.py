@@ -52,10 +52,11 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
 def decode_latents(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Latents, scaled as the denoiser has them -> RGB (B, 3, H, W) and alpha (B, 1, H, W) in 0..1.
 
-    A fourth channel is alpha, its colour premultiplied. (B, C, 1, h, w) is a film of one frame.
+    NaN where it overflows. A fourth channel is alpha, its colour premultiplied. (B, C, 1, h, w) is a film of one frame.
     """
     decoded = vae.decode(for_decoder(vae, latents.to(vae.device, vae.dtype)), return_dict=False)[0]
     decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
+    decoded = decoded.masked_fill(decoded.isinf(), torch.nan)  # clamped, it would pass for white or black
     values = ((decoded + 1) / 2).clamp(0, 1)
     if values.shape[1] == 3:
         return values, torch.ones_like(values[:, :1])

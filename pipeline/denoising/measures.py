@@ -1,0 +1,73 @@
+"""What a run costs: time by stage, uses of the cache, bytes of models, the most memory. Measured, not reckoned."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..model_cache import ModelCache, ModelKey
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Meter:
+    """Of one run, from when it is made. milliseconds: by stage, in the order they ran; a stage run twice adds up."""
+
+    def __init__(self, cache: ModelCache) -> None:
+        self.milliseconds: dict[str, float] = {}
+        self._cache = cache
+        self._before = cache.stats()
+        self._used: dict[ModelKey, int] = {}
+        self._memory = _memory_before(cache.residency.device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + 1000 * (time.perf_counter() - started)
+        # Now, since a model may be dropped before the run ends.
+        stats = self._cache.stats()
+        uses, before = stats.hits + stats.misses, self._before.hits + self._before.misses
+        self._used |= {entry.key: entry.bytes for entry in stats.entries if uses - entry.idle > before}
+
+    def uses(self) -> tuple[int, int]:
+        """Models that were at hand, and that were read; of every run, should several be under way."""
+        stats = self._cache.stats()
+        return stats.hits - self._before.hits, stats.misses - self._before.misses
+
+    def model_bytes(self) -> int:
+        return sum(self._used.values())
+
+    def peak_bytes(self) -> int | None:
+        """On CUDA, the most that was allocated; on Linux, the most the process grew by; None where neither is told."""
+        device = self._cache.residency.device
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        if device.type != "cpu" or self._memory is None:
+            return None
+        peak = _resident("VmHWM")
+        return None if peak is None else max(0, peak - self._memory)
+
+
+def _memory_before(device: torch.device) -> int | None:
+    """Starts a new maximum; gives the bytes resident now, where the maximum of what is resident can be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return None
+    try:
+        # The kernel keeps one maximum for the whole life of a process; "5" begins it anew, and changes nothing else.
+        _RESET.write_text("5", encoding="ascii")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _resident(name: str) -> int | None:
+    try:
+        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith(f"{name}:")), None)
+    return None if found is None else 1024 * int(found.split()[1])
