@@ -64,7 +64,13 @@ class Residency(Protocol[R]):
 def module_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers; one that is shared, as tied embeddings are, counts once."""
     tensors = [*module.parameters(), *module.buffers()]
-    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+    return sum({id(tensor): _tensor_bytes(tensor) for tensor in tensors}.values())
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> int:
+    """A quantised one counts as what it is made of: of itself it says how large it would be in floats."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return sum(_tensor_bytes(getattr(tensor, name)) for name in flatten()[0]) if flatten else tensor.nbytes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

