@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 State = TypeVar("State")
-_SAMPLE, _TIMESTEP = ("sample", "hidden_states", "x"), ("timestep", "t")
+_MOST_BRANCHES = 8  # far more than guidance has; a condition that changes with every step would else pile up
+_RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "block_controlnet_hidden_states",
+)
+_SAMPLE, _TIMESTEP = ("sample", "hidden_states"), "timestep"
 
 
 @dataclass(frozen=True)
@@ -21,15 +30,25 @@ class Call:
     condition: Mapping[str, Any]
 
 
-def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """Raises ValueError where the sample is no one tensor."""
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    said = dict(zip(names, args, strict=False)) | dict(kwargs)
-    sample, timestep = (next((said.pop(name) for name in some if name in said), None) for some in (_SAMPLE, _TIMESTEP))
-    if not isinstance(sample, Tensor) or timestep is None:
+def check_told(denoiser: nn.Module) -> None:
+    """Raises ValueError for a denoiser of other arguments than ``call_of`` knows."""
+    names = _names(denoiser)
+    if _TIMESTEP not in names or not any(name in names for name in _SAMPLE):
         raise ValueError(
-            f"expected a denoiser that is told one tensor and a timestep, got {type(denoiser).__name__}, which is told "
-            f"{', '.join(names)}"
+            f"expected a denoiser that is told a {' or '.join(_SAMPLE)} and a {_TIMESTEP} for a cache of steps, got "
+            f"{type(denoiser).__name__}, which is told {', '.join(names)}"
+        )
+
+
+def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Raises ValueError for what a ControlNet or a T2I-Adapter adds."""
+    said = dict(zip(_names(denoiser), args, strict=False)) | dict(kwargs)
+    sample = next(said.pop(name) for name in _SAMPLE if name in said)
+    timestep = said.pop(_TIMESTEP)
+    if any(said.get(name) is not None for name in _RESIDUALS):
+        raise ValueError(
+            "expected no ControlNet and no T2I-Adapter together with a cache of steps, which would pass over what they "
+            "add at each step; got residuals of one"
         )
     return Call(sample, timestep, said)
 
@@ -42,6 +61,10 @@ class _Branch(Generic[State]):
     timestep: object
     sample: Tensor
     over: bool = False
+
+
+def _names(denoiser: nn.Module) -> list[str]:
+    return list(inspect.signature(type(denoiser).forward).parameters)[1:]
 
 
 class GuidanceBranches(Generic[State]):
@@ -64,7 +87,7 @@ class GuidanceBranches(Generic[State]):
         found = next((one for one in self._branches if one.sample.shape == shape and _alike(one.condition, said)), None)
         if found is None:
             found = _Branch(said, self._make(), 0, timestep, sample)
-            self._branches.append(found)
+            self._branches = [*self._branches[1 - _MOST_BRANCHES :], found]
         elif not _same_step(found, sample, timestep):
             found.calls = 0 if found.over else found.calls + 1
             found.over = False
@@ -76,6 +99,11 @@ class GuidanceBranches(Generic[State]):
         for one in self._branches:
             if one.state is state and one.calls + 1 >= self._steps:
                 one.state, one.over = self._make(), True
+
+    @property
+    def over(self) -> bool:
+        """Whether each branch has had its last step."""
+        return all(one.over for one in self._branches)
 
     def clear(self) -> None:
         self._branches = []

@@ -13,11 +13,6 @@ FEWEST_STEPS = 5
 DEPTH = 1
 _HOOK = "duet_unet_cache"
 _DOWN, _UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
-_RESIDUALS = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-)
 
 
 def with_unet_cache(unet: Any, interval: int, num_inference_steps: int, work: Work, depth: int = DEPTH) -> Any:
@@ -79,14 +74,8 @@ class _UNetHook(RunHook):
         self._run, self._blocks = run, blocks
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = call_of(module, args, kwargs)
-        if any(call.condition.get(name) is not None for name in _RESIDUALS):
-            raise ValueError(
-                "expected no ControlNet and no T2I-Adapter together with a UNet cache, since what they add to the deep "
-                "blocks at each step would be passed over; got residuals of one"
-            )
         run, work = self._run, self._run.work
-        run.state, step = run.branches.enter(call)
+        run.state, step = run.branches.enter(call_of(module, args, kwargs))
         run.whole = step % run.interval == 0 or run.state.features is None
         output = self.original(*args, **kwargs)
         skipped = 0 if run.whole else run.skipped
