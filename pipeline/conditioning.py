@@ -110,14 +110,14 @@ class GenerationReport:
 class Pictures:
     """Finished pictures. pixels: (B, 3, H, W) in 0..1, not premultiplied; alpha: (B, 1, H, W) in 0..1.
 
-    milliseconds: time spent by stage name ("generation", "decode"); notices: sentences for the user.
-    latents: (B, C, h, w) on the CPU, what was decoded, scaled as the denoiser has them; None where they have no grid.
-    report: what the run cost.
+    milliseconds: time spent by stage name ("generation", "decode"); report: what the run cost; notices: sentences for
+    the user. latents: (B, C, h, w) on the CPU, what was decoded, scaled as the denoiser has them; None where they have
+    no grid.
     """
 
     pixels: Tensor
     alpha: Tensor
     milliseconds: dict[str, float]
+    report: GenerationReport
     notices: tuple[str, ...] = ()
     latents: Tensor | None = None
-    report: GenerationReport | None = None

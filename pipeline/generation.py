@@ -8,9 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .acceleration.applied import Applied, decoder_precision, use_denoiser
+from .acceleration.applied import Applied, Decoders, decoder_precision, open_decoders, use_denoiser
 from .acceleration.measuring import psnr, ssim
 from .acceleration.plan import EXACT, SpeedPlan
+from .acceleration.schedules import Schedule, schedule_for
 from .acceleration.work import Work
 from .adapters.private_views import pictures_shown
 from .checkpoints import Checkpoint
@@ -29,20 +30,6 @@ from .residency import OutOfDeviceMemory, is_out_of_memory
 Preview = Callable[[], Tensor]
 OnStep = Callable[[int, int, Preview], None]
 Drawn = TypeVar("Drawn")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    scheduler: object
-    num_inference_steps: int
-    guidance_scale: float
-    notices: tuple[str, ...] = ()
-
-
-def schedule_for(checkpoint: Checkpoint, plan: SpeedPlan, num_inference_steps: int, guidance_scale: float) -> Schedule:
-    steps = plan.num_inference_steps or num_inference_steps
-    scale = guidance_scale if plan.guidance_scale is None else plan.guidance_scale
-    return Schedule(checkpoint.scheduler(), steps, scale)
 
 
 def generate(
@@ -128,13 +115,14 @@ class _Task:
 def _pictures(task: _Task, plan: SpeedPlan) -> Pictures:
     meter, guard = Meter(task.cache), NanGuard(task.checkpoint.folder.name)
     work, attempts, told = Work(), [], []
+    decoders = open_decoders(task.checkpoint, plan)
 
     def denoised(again: bool) -> tuple[tuple[Tensor, ...], str]:
         attempts.append(Applied(work))
-        return _denoised(task, plan.in_float32() if again else plan, attempts[-1])
+        return _denoised(task, plan.in_float32() if again else plan, decoders, attempts[-1])
 
     def decoded(again: bool) -> tuple[tuple[Tensor, ...], str]:
-        return _decoded(task, latents, plan.in_float32() if again else plan, told)
+        return _decoded(task, latents, plan.in_float32() if again else plan, decoders, told)
 
     with meter.stage("generation"):
         (latents,) = guard.finite("denoising", denoised)
@@ -147,7 +135,7 @@ def _pictures(task: _Task, plan: SpeedPlan) -> Pictures:
     hits, misses = meter.uses()
     report = GenerationReport(
         plan=plan.name,
-        shortcuts=tuple(applied.shortcuts),
+        shortcuts=(*applied.shortcuts, *([f"decoder {decoders.result.name}"] if decoders.result else [])),
         milliseconds=meter.milliseconds,
         steps_computed=work.steps_computed,
         steps_skipped=work.steps_from_cache,
@@ -165,16 +153,17 @@ def _pictures(task: _Task, plan: SpeedPlan) -> Pictures:
     latents = latents.float().cpu()
     latents = latents[:, :, 0] if latents.ndim == 5 else latents
     notices = (*applied.notices, *guard.notices, *dict.fromkeys(told))
-    return Pictures(pixels, alpha, meter.milliseconds, notices, latents, report)
+    return Pictures(pixels, alpha, meter.milliseconds, report, notices, latents)
 
 
-def _denoised(task: _Task, plan: SpeedPlan, applied: Applied) -> tuple[tuple[Tensor, ...], str]:
+def _denoised(task: _Task, plan: SpeedPlan, decoders: Decoders, applied: Applied) -> tuple[tuple[Tensor, ...], str]:
     """Latents, and the precision of the denoiser that gave them."""
     cache, checkpoint, conditioning = task.cache, task.checkpoint, task.conditioning
     family, frame, source, schedule = checkpoint.family, task.frame, task.source, task.schedule
     name = "unet" if checkpoint.has("unet") else "transformer"
     with (
         use_vae(cache, checkpoint, decoder_precision(checkpoint, plan)) as vae,
+        decoders.use_for_looks(cache, vae) as looks,
         use_denoiser(cache, checkpoint, name, plan, task.steps_taken, applied) as denoiser,
         torch.inference_mode(),
     ):
@@ -182,7 +171,7 @@ def _denoised(task: _Task, plan: SpeedPlan, applied: Applied) -> tuple[tuple[Ten
 
         def look(step: int, total: int, latents: Callable[[], Tensor]) -> None:
             if task.on_step is not None:
-                task.on_step(step, total, lambda: preview(vae, latents()))
+                task.on_step(step, total, lambda: preview(looks, latents()))
 
         shown = pictures_shown(checkpoint.adapters, name, denoiser, conditioning.tokens.shape[0])
         if name == "unet" and family.tasks is not None:
@@ -222,10 +211,11 @@ def _denoised(task: _Task, plan: SpeedPlan, applied: Applied) -> tuple[tuple[Ten
         return (latents,), applied.precision
 
 
-def _decoded(task: _Task, latents: Tensor, plan: SpeedPlan, told: list[str]) -> tuple[tuple[Tensor, ...], str]:
+def _decoded(
+    task: _Task, latents: Tensor, plan: SpeedPlan, decoders: Decoders, told: list[str]
+) -> tuple[tuple[Tensor, ...], str]:
     """Pixels and alpha on the CPU, and the precision of the decoder that gave them."""
-    dtype = decoder_precision(task.checkpoint, plan)
-    with use_vae(task.cache, task.checkpoint, dtype) as vae, torch.inference_mode():
+    with decoders.use(task.cache, task.checkpoint, plan) as vae, torch.inference_mode():
         pixels, alpha, tiled = decode_or_tile(vae, latents)
         if tiled:
             told.append("decoded in tiles, since the whole did not fit into memory")
@@ -244,7 +234,6 @@ def _compared(pictures: Pictures, task: _Task, plan: SpeedPlan) -> Pictures:
         return replace(pictures, notices=(*pictures.notices, told))
     one, other = (1 + side.alpha * (side.pixels - 1) for side in (pictures, exact))
     spent = {**pictures.milliseconds, **meter.milliseconds}
-    assert pictures.report is not None, "each run has one"
     report = replace(pictures.report, milliseconds=spent, psnr=psnr(one, other).mean, ssim=ssim(one, other).mean)
     return replace(pictures, milliseconds=spent, report=report)
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,13 @@ import torch
 
 from ..adapters.private_views import private_view
 from ..checkpoints import Checkpoint
+from ..denoising.latents import use_vae
 from ..model_cache import ModelCache
+from .compiling import compile_view
+from .decoders import TinyDecoder, open_tiny_decoder
 from .plan import SpeedPlan
+from .quantising import use_quantised
+from .step_cache import with_step_cache
 from .unet_cache import with_unet_cache
 from .work import Work
 
@@ -37,19 +42,60 @@ def use_denoiser(
 ) -> Iterator[Any]:
     """``name`` of the checkpoint as the plan has it, for one run of ``steps`` steps: pinned while in the block.
 
-    From the weights outwards: their precision, the adapters (by ``Checkpoint.use``), the cache that stands in for
-    steps. What is laid over the module lies on a view of this run's own, and ends with the run, whatever ends it.
-    Raises ValueError for what the model cannot do, where the plan does not leave that out.
+    From the weights outwards: their precision, in which quantised ones are entries of their own; the adapters, laid
+    over either by whoever lends them; the cache that stands in for steps; compiling, which has to see all of that. What
+    is laid over the module lies on a view of this run's own, and ends with the run, whatever ends it. Raises ValueError
+    for what the model or the machine cannot do, where the plan does not leave that out.
     """
     lay = functools.partial(_laid, plan, applied)
+    dtype = precision(plan)
     with ExitStack() as stack:
-        whole = stack.enter_context(checkpoint.use(cache, name, precision(plan)))
-        cached = None
-        if plan.unet_cache > 1:
-            said = f"UNet cache, every {plan.unet_cache} steps"
-            cached = lay("unet_cache", said, lambda: with_unet_cache(whole, plan.unet_cache, steps, applied.work))
-        applied.precision = str(whole.dtype).removeprefix("torch.")
-        yield cached if cached is not None else _counted(whole, applied.work)
+        lent = None
+        if plan.quantisation != "off":
+            quantised = functools.partial(use_quantised, cache, checkpoint, name, plan.quantisation, dtype)
+            lent = lay("quantisation", plan.quantisation, lambda: stack.enter_context(quantised()))
+        applied.precision = "" if lent is None else f"{plan.quantisation} and "
+        if lent is None:
+            lent = stack.enter_context(checkpoint.use(cache, name, dtype))
+        applied.precision += str(lent.dtype).removeprefix("torch.")
+        view = _with_cache(lent, plan, steps, applied)
+        if view is None and plan.compile == "off":
+            yield _counted(lent, applied.work)
+            return
+        cached, view = view is not None, private_view(lent) if view is None else view
+        stack.callback(_emptied, view)
+        compilation = None
+        if plan.compile != "off":
+            compilation = lay("compile", f"compiled, {plan.compile}", lambda: compile_view(view, plan.compile))
+        yield view if cached else _counted(view, applied.work)
+        if compilation is not None:
+            applied.notices.extend(compilation.notices())
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """What makes pixels of a run's latents; None is the model's own. looks: for those on the way."""
+
+    result: TinyDecoder | None
+    looks: TinyDecoder | None
+
+    def use(self, cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan) -> AbstractContextManager[Any]:
+        if self.result is not None:
+            return self.result.use(cache, precision(plan))
+        return use_vae(cache, checkpoint, decoder_precision(checkpoint, plan))
+
+    def use_for_looks(self, cache: ModelCache, vae: Any) -> AbstractContextManager[Any]:
+        """vae: the model's own, which is in use while there is something to look at."""
+        return nullcontext(vae) if self.looks is None else self.looks.use(cache)
+
+
+def open_decoders(checkpoint: Checkpoint, plan: SpeedPlan) -> Decoders:
+    """Checked, and nothing read but headers. Raises ValueError where one decodes other latents than the model makes."""
+    result, looks = (None if path is None else open_tiny_decoder(path) for path in (plan.decoder, plan.preview))
+    for decoder in (result, looks):
+        if decoder is not None:
+            decoder.check_fits(checkpoint)
+    return Decoders(result, looks or result)
 
 
 def precision(plan: SpeedPlan) -> torch.dtype | None:
@@ -62,6 +108,33 @@ def decoder_precision(checkpoint: Checkpoint, plan: SpeedPlan) -> torch.dtype | 
     chosen = precision(plan)
     known = checkpoint.family.vae_dtype
     return known if known is not None and chosen in (torch.float16, torch.bfloat16) else chosen
+
+
+def _with_cache(lent: Any, plan: SpeedPlan, steps: int, applied: Applied) -> Any | None:
+    """A view with one cache that stands in for steps; None where the plan has none, or leaves out those that it has.
+
+    One only, since what either skips the other would count as computed. What is set by hand comes first.
+    """
+    caches = {
+        "unet_cache": (
+            plan.unet_cache > 1,
+            f"UNet cache, every {plan.unet_cache} steps",
+            lambda: with_unet_cache(lent, plan.unet_cache, steps, applied.work),
+        ),
+        "step_cache": (
+            plan.step_cache > 0,
+            f"step cache, up to {plan.step_cache:g}",
+            lambda: with_step_cache(lent, plan.step_cache, steps, applied.work),
+        ),
+    }
+    before = len(applied.notices)
+    for dial in sorted(caches, key=lambda dial: dial in plan.where_it_fits):
+        wanted, said, lay = caches[dial]
+        view = _laid(plan, applied, dial, said, lay) if wanted else None
+        if view is not None:
+            del applied.notices[before:]  # the one that fits takes the place of the one that does not
+            return view
+    return None
 
 
 def _laid(plan: SpeedPlan, applied: Applied, dial: str, said: str, lay: Callable[[], Any]) -> Any | None:
@@ -78,11 +151,30 @@ def _laid(plan: SpeedPlan, applied: Applied, dial: str, said: str, lay: Callable
 
 
 def _counted(module: Any, work: Work) -> Any:
-    """The same, each call of which counts as a step that was computed."""
-    view = private_view(module)
+    """The same, each call of which is a step that was computed: a view of the outermost module alone, at no cost."""
+    view = object.__new__(type(module))
+    view.__dict__.update(vars(module))
+    whole = module._compiled_call_impl
 
     def count(*_: Any) -> None:
         work.steps_computed += 1
 
-    view.register_forward_pre_hook(count)
+    def call(*arguments: Any, **options: Any) -> Any:
+        count()
+        return whole(*arguments, **options)
+
+    if whole is not None:  # a hook would be compiled with it, and again for each number
+        view.__dict__["_compiled_call_impl"] = call
+    else:
+        view.__dict__["_forward_pre_hooks"] = module._forward_pre_hooks.copy()
+        view.register_forward_pre_hook(count)
     return view
+
+
+def _emptied(view: Any) -> None:
+    """Hooks and compiled calls refer to the view that they lie on. Such a circle must not keep weights that the cache
+    lets go of until Python looks for circles."""
+    for module in list(view.modules()):
+        module._parameters.clear()
+        module._buffers.clear()
+        module._compiled_call_impl = None

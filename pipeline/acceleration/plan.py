@@ -67,6 +67,13 @@ class SpeedPlan:
             if value not in known:
                 raise ValueError(f"{said} of a speed plan must be one of {', '.join(known)}; got {str(value)[:80]!r}")
 
+        by_hand = {"step_cache", "unet_cache"}.isdisjoint(self.where_it_fits)
+        if self.step_cache > 0 and self.unet_cache > 1 and by_hand:
+            raise ValueError(
+                "expected a step cache or a UNet cache in a speed plan, since neither can judge what the other skips; "
+                f"got both, {self.step_cache:g} and every {self.unet_cache} steps"
+            )
+
     def exact(self) -> "SpeedPlan":
         """The same picture without a shortcut: as many steps along the same schedule, each computed whole."""
         kept = {"num_inference_steps", "guidance_scale", "scheduler", "shift"}
@@ -75,6 +82,26 @@ class SpeedPlan:
     def in_float32(self) -> "SpeedPlan":
         """The same in full precision, and not compiled: what a stage is tried by once more when it gave no numbers."""
         return replace(self, dtype="float32", quantisation="off", compile="off")
+
+    def __str__(self) -> str:
+        """The dials that are not as in ``EXACT``, in words."""
+        set_here = {
+            "steps": self.num_inference_steps,
+            "guidance scale": self.guidance_scale,
+            "scheduler": None if self.scheduler == "checkpoint" else self.scheduler,
+            "shift": self.shift,
+            "step cache": self.step_cache or None,
+            "UNet cache": None if self.unet_cache == 1 else f"every {self.unet_cache} steps",
+            "compile": None if self.compile == "off" else self.compile,
+            "quantisation": None if self.quantisation == "off" else self.quantisation,
+            "decoder": self.decoder and self.decoder.name,
+            "preview": self.preview and self.preview.name,
+            "dtype": None if self.dtype == "automatic" else self.dtype,
+            "memory format": None if self.memory_format == "contiguous" else self.memory_format,
+            "loss": "measured" if self.measure_loss else None,
+        }
+        said = [f"{dial} {value}" for dial, value in set_here.items() if value is not None]
+        return f"{self.name}: {', '.join(said) or 'every step whole, as Generate says'}"
 
     @property
     def takes_shortcuts(self) -> bool:
