@@ -5,12 +5,14 @@ from collections.abc import Callable
 from PIL.Image import Image
 
 from ..nodes import sockets
+from ..pipeline.acceleration.plan import EXACT
 from ..pipeline.finishing import finish_picture
 from ..pipeline.generation import OnStep, Preview, generate
 from .choices import check_choice
 from .host import io, model_cache
 from .host import steps as host_steps
 from .images import over_white, to_colour, to_image, to_mask, to_opaque, to_pil, to_pixels
+from .speed import as_line
 from .stages import stage
 from .stock_objects import to_latent
 
@@ -83,6 +85,11 @@ class DuetGenerate(io.ComfyNode):
                     tooltip="How much of the picture is replaced: the share of the steps that are taken, at least one. "
                     "Without a picture it has no effect.",
                 ),
+                sockets.SpeedPlan.Input(
+                    "speed_plan",
+                    optional=True,
+                    tooltip="Which shortcuts to take, from Speed plan. Without one, none is.",
+                ),
             ],
             outputs=[
                 io.Image.Output("pictures", display_name="image", tooltip="The pictures, RGB, laid over white."),
@@ -91,6 +98,9 @@ class DuetGenerate(io.ComfyNode):
                 ),
                 io.Latent.Output(
                     "latent", display_name="latent", tooltip="What was decoded, for the host's own nodes, unscaled."
+                ),
+                sockets.Report.Output(
+                    "report", display_name="report", tooltip="What the run cost, for the block Report."
                 ),
             ],
         )
@@ -110,6 +120,7 @@ class DuetGenerate(io.ComfyNode):
         image=None,
         mask=None,
         denoise: float = 0.6,
+        speed_plan=None,
     ):
         schedule = None if sigmas is None else sigmas.tolist()
         with stage("Generate", "generation") as done:
@@ -127,13 +138,13 @@ class DuetGenerate(io.ComfyNode):
                 image=None if image is None else to_opaque(image),
                 mask=None if mask is None or not mask.any() else mask.reshape(-1, *mask.shape[-2:]),
                 strength=denoise,
+                plan=speed_plan or EXACT,
                 on_step=_report(),
             )
             latent = to_latent(model_cache(), model, pictures.latents)
         image = to_image(over_white(pictures.pixels, pictures.alpha))
-        return io.NodeOutput(
-            image, to_mask(pictures.alpha), latent, ui=done.ui(pictures.notices, pictures.milliseconds)
-        )
+        said = done.ui(pictures.notices, pictures.milliseconds, as_line(pictures.report))
+        return io.NodeOutput(image, to_mask(pictures.alpha), latent, pictures.report, ui=said)
 
 
 class DuetFinishImage(io.ComfyNode):

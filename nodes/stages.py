@@ -17,14 +17,20 @@ class Stage:
     milliseconds: float = 0.0
     model: str = "none"  # "warm": it was in the cache; "loaded": it was read from disk; "none": none was needed
 
-    def ui(self, notices: Sequence[str] = (), parts: dict[str, float] | None = None) -> dict[str, list]:
-        """The node's message to the page. ``parts`` splits the time by stage name where the pipeline measured it."""
+    def ui(
+        self, notices: Sequence[str] = (), parts: dict[str, float] | None = None, summary: str = ""
+    ) -> dict[str, list]:
+        """The node's message to the page. ``parts`` splits the time by stage name where the pipeline measured it.
+
+        summary: a line of its own below the stages.
+        """
         times = parts or {self.name: self.milliseconds}
         return {
             "duet_stage": [
                 {"stage": name, "milliseconds": round(float(spent), 2), "model": self.model}
                 for name, spent in times.items()
             ],
+            "duet_summary": [summary] if summary else [],
             "duet_notices": [str(notice) for notice in notices],
         }
 

@@ -6,13 +6,13 @@ const WORDS = {
   en: {
     warm: "model in cache", loaded: "model loaded", cached: "unchanged, not run again",
     text: "text", preparation: "preparation", features: "features", fusion: "fusion", generation: "generation",
-    decode: "decode", finish: "finish", model: "model",
+    decode: "decode", comparison: "comparison", finish: "finish", model: "model", plan: "plan",
     free: "written freely", guided: "written with guidance", brief: "the brief itself",
   },
   zh: {
     warm: "模型在缓存中", loaded: "模型已加载", cached: "未改变，未重新运行",
     text: "文本", preparation: "准备", features: "特征", fusion: "融合", generation: "生成",
-    decode: "解码", finish: "完成", model: "模型",
+    decode: "解码", comparison: "比较", finish: "完成", model: "模型", plan: "方案",
     free: "自由书写", guided: "引导书写", brief: "简述本身",
   },
 };
@@ -68,6 +68,7 @@ function showRun(node, output) {
     if (entry.model === "warm" || entry.model === "loaded") parts.push(word(entry.model));
     return [parts.join(" · "), false];
   });
+  for (const summary of output?.duet_summary ?? []) paragraphs.push([summary, false]);
   for (const notice of output?.duet_notices ?? []) paragraphs.push([notice, true]);
   if (output?.duet_cache) paragraphs.push([(output.text ?? []).join("\n"), false]);
   if (paragraphs.length) show(node, paragraphs);
