@@ -9,6 +9,7 @@ from .host import ComfyExtension  # pyright: ignore[reportAttributeAccessIssue] 
 from .language import DuetDirectPrompt
 from .models import DuetLoadModel, DuetModelCache
 from .refinement import DuetRefine
+from .speed import DuetSpeedPlan
 from .stock import (
     DuetConditionFromStock,
     DuetConditionToStock,
@@ -43,6 +44,7 @@ NODES: list[type] = [
     DuetTextEncoder,
     DuetLoadLora,
     DuetIPAdapter,
+    DuetSpeedPlan,
 ]
 
 
