@@ -1,4 +1,4 @@
-"""What all measures share: turns that are taken one after the other, medians, clocks, fits, the machine and the table."""
+"""What all measures share: turns taken one after the other, medians, clocks, fits, the machine and the table."""
 
 import contextlib
 import functools
@@ -34,8 +34,8 @@ def told(text: str) -> None:
 def interleaved(turns: Mapping[str, Turn], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """What each turn gave, in A B C, A B C, ... order, so that a machine that slows down slows down all of them.
 
-    A turn measures itself and gives a number. The first ``warm_up`` rounds do not count. Every other round goes backwards, since
-    what comes first in a round finds other caches than what comes last.
+    A turn measures itself and gives a number. The first ``warm_up`` rounds do not count. Every other round goes
+    backwards, since what comes first in a round finds other caches than what comes last.
     """
     found: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(warm_up + repeats):
@@ -101,7 +101,7 @@ def synchronise() -> None:
 
 
 class Stopwatch:
-    """Time inside chosen calls, however they nest: only the outermost counts. ``paused`` hides what is called within."""
+    """Time inside chosen calls, however they nest: only the outermost counts."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

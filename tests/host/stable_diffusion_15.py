@@ -30,7 +30,7 @@ LOUDER = {"noise": 3.0, "words": 6.0, "picture": 1.5}
 def save_stable_diffusion_15(folder: Path, seed: int = 0) -> Path:
     """1.05 billion parameters in float16: 2.1 GB on disk."""
     torch.manual_seed(seed)
-    _save_tokenizer(folder / "tokenizer")
+    save_tokenizer(folder / "tokenizer")
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408,
@@ -56,16 +56,16 @@ def save_stable_diffusion_15(folder: Path, seed: int = 0) -> Path:
     }
     vae = AutoencoderKL(**sizes)
     with torch.no_grad():
-        _make_louder(unet.conv_out, LOUDER["noise"])
-        _make_louder(vae.decoder.conv_out, LOUDER["picture"])
+        make_louder(unet.conv_out, LOUDER["noise"])
+        make_louder(vae.decoder.conv_out, LOUDER["picture"])
         for name, module in unet.named_modules():
             if name.endswith("attn2"):
-                _make_louder(module.to_out[0], LOUDER["words"])
+                make_louder(module.to_out[0], LOUDER["words"])
     parts: dict[str, Any] = {"text_encoder": text, "unet": unet, "vae": vae}
     while parts:
         name, part = parts.popitem()
         part.half().save_pretrained(folder / name)
-    _name_as_published(folder / "text_encoder" / "model.safetensors")
+    name_as_published(folder / "text_encoder" / "model.safetensors")
     save_scheduler(folder)
     (folder / "model_index.json").write_text(json.dumps(INDEX))
     return folder
@@ -78,17 +78,17 @@ def save_scheduler(folder: Path, **changes: Any) -> None:
     ).save_pretrained(folder / "scheduler")
 
 
-def _name_as_published(weights: Path) -> None:
+def name_as_published(weights: Path) -> None:
     """Transformers 5 leaves out a prefix that every published folder has, and by which the host knows the encoder."""
     tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, {"format": "pt"})
 
 
-def _make_louder(layer: nn.Linear | nn.Conv2d, factor: float) -> None:
+def make_louder(layer: nn.Linear | nn.Conv2d, factor: float) -> None:
     layer.weight.mul_(factor)
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """CLIP's own words, which the host carries. It sets no length for them."""
     source = host_tree() / "comfy" / "sd1_tokenizer"
     folder.mkdir(parents=True)
