@@ -9,6 +9,8 @@ from .host import ComfyExtension  # pyright: ignore[reportAttributeAccessIssue] 
 from .language import DuetDirectPrompt
 from .models import DuetLoadModel, DuetModelCache
 from .refinement import DuetRefine
+from .report import DuetReport
+from .saving import DuetSavePictures
 from .speed import DuetSpeedPlan
 from .stock import (
     DuetConditionFromStock,
@@ -45,6 +47,8 @@ NODES: list[type] = [
     DuetLoadLora,
     DuetIPAdapter,
     DuetSpeedPlan,
+    DuetReport,
+    DuetSavePictures,
 ]
 
 

@@ -8,6 +8,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from .api import clip_vision_output, installed_nodes, io
 from .folders import diffusers_folder, diffusers_names, model_folders, picture_folder
+from .pictures import picture_place, picture_saver, picture_texts
 from .progress import steps, text_progress
 from .residency import ComfyResidency
 from .stores import embedding_store, model_cache, weights_digests
@@ -25,6 +26,9 @@ __all__ = [
     "model_cache",
     "model_folders",
     "picture_folder",
+    "picture_place",
+    "picture_saver",
+    "picture_texts",
     "steps",
     "text_progress",
     "ui",

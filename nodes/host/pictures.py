@@ -1,0 +1,57 @@
+"""Where the host saves pictures, and what it writes into them."""
+
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy.cli_args import args
+
+from ...pipeline.saving import PictureSaver, Place
+from .folders import picture_folder
+
+
+@functools.cache
+def picture_saver() -> PictureSaver:
+    """The one saver of this host, which compresses as its Save Image does."""
+    return PictureSaver(picture_folder("output"), compress_level=4)
+
+
+def picture_place(prefix: str, width: int, height: int) -> tuple[Place, str]:
+    """Where the host's Save Image would save a picture of that name and size, and the subfolder by which it is viewed.
+
+    Raises ValueError for a name that leads out of the output folder, by dots or by a link: the host follows links.
+    """
+    name = os.path.basename(os.path.normpath(prefix))
+    if not prefix.strip() or name in ("", ".", "..") or any(ord(character) < 32 for character in prefix):
+        raise ValueError(f"expected filename_prefix to be a name below the output folder, got {prefix[:200]!r}")
+    root = folder_paths.get_output_directory()
+    _stay_inside(root, os.path.dirname(os.path.normpath(prefix)), prefix)  # before the host makes the folder
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+    _stay_inside(root, subfolder, prefix)
+    return Place(Path(folder), name, number), subfolder
+
+
+def picture_texts(hidden: Any) -> dict[str, str]:
+    """What the host writes into a PNG: the prompt and the workflow, or nothing if it was started so.
+
+    hidden: of a node that asks for both.
+    """
+    if args.disable_metadata:
+        return {}
+    texts = {} if hidden.prompt is None else {"prompt": json.dumps(hidden.prompt)}
+    return texts | {key: json.dumps(value) for key, value in (hidden.extra_pnginfo or {}).items()}
+
+
+def _stay_inside(root: str, subfolder: str, prefix: str) -> None:
+    real = os.path.realpath(root)
+    try:
+        inside = os.path.commonpath([real, os.path.realpath(os.path.join(root, subfolder))]) == real
+    except ValueError:  # another drive
+        inside = False
+    if not inside:
+        raise ValueError(f"filename_prefix {prefix[:200]!r} leads out of the output folder: expected a place inside")
