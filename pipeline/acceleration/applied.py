@@ -14,6 +14,7 @@ from ..denoising.latents import use_vae
 from ..model_cache import ModelCache
 from .compiling import compile_view
 from .decoders import TinyDecoder, open_tiny_decoder
+from .memory_formats import use_channels_last
 from .plan import SpeedPlan
 from .quantising import use_quantised
 from .step_cache import with_step_cache
@@ -55,6 +56,9 @@ def use_denoiser(
             quantised = functools.partial(use_quantised, cache, checkpoint, name, plan.quantisation, dtype)
             lent = lay("quantisation", plan.quantisation, lambda: stack.enter_context(quantised()))
         applied.precision = "" if lent is None else f"{plan.quantisation} and "
+        if plan.memory_format != "contiguous":
+            ordered = functools.partial(use_channels_last, cache, checkpoint, name, dtype)
+            lent = lay("memory_format", plan.memory_format, lambda: stack.enter_context(ordered()))
         if lent is None:
             lent = stack.enter_context(checkpoint.use(cache, name, dtype))
         applied.precision += str(lent.dtype).removeprefix("torch.")
@@ -82,7 +86,12 @@ class Decoders:
     def use(self, cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan) -> AbstractContextManager[Any]:
         if self.result is not None:
             return self.result.use(cache, precision(plan))
-        return use_vae(cache, checkpoint, decoder_precision(checkpoint, plan))
+        dtype = decoder_precision(checkpoint, plan)
+        if plan.memory_format != "contiguous":
+            if cache.residency.device.type != "cpu":
+                dtype = dtype or checkpoint.family.vae_dtype
+            return use_channels_last(cache, checkpoint, "vae", dtype)
+        return use_vae(cache, checkpoint, dtype)
 
     def use_for_looks(self, cache: ModelCache, vae: Any) -> AbstractContextManager[Any]:
         """vae: the model's own, which is in use while there is something to look at."""

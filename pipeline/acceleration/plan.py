@@ -73,6 +73,11 @@ class SpeedPlan:
                 "expected a step cache or a UNet cache in a speed plan, since neither can judge what the other skips; "
                 f"got both, {self.step_cache:g} and every {self.unet_cache} steps"
             )
+        if self.quantisation != "off" and self.memory_format != "contiguous":
+            raise ValueError(
+                "expected quantised weights or another memory format in a speed plan, since either is a model of its own; "
+                f"got both, {self.quantisation} and {self.memory_format}"
+            )
 
     def exact(self) -> "SpeedPlan":
         """The same picture without a shortcut: as many steps along the same schedule, each computed whole."""
