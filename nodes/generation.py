@@ -5,12 +5,14 @@ from collections.abc import Callable
 from PIL.Image import Image
 
 from ..nodes import sockets
-from ..pipeline.acceleration.plan import EXACT
+from ..pipeline.acceleration.plan import EXACT, SpeedPlan
+from ..pipeline.checkpoints import Checkpoint
 from ..pipeline.finishing import finish_picture
 from ..pipeline.generation import OnStep, Preview, generate
 from .choices import check_choice
 from .host import io, model_cache
 from .host import steps as host_steps
+from .host.progress import previews_wanted
 from .images import over_white, to_colour, to_image, to_mask, to_opaque, to_pil, to_pixels
 from .speed import as_line
 from .stages import stage
@@ -139,7 +141,7 @@ class DuetGenerate(io.ComfyNode):
                 mask=None if mask is None or not mask.any() else mask.reshape(-1, *mask.shape[-2:]),
                 strength=denoise,
                 plan=speed_plan or EXACT,
-                on_step=_report(),
+                on_step=_report(model, speed_plan or EXACT),
             )
             latent = to_latent(model_cache(), model, pictures.latents)
         image = to_image(over_white(pictures.pixels, pictures.alpha))
@@ -206,13 +208,18 @@ class DuetFinishImage(io.ComfyNode):
         return io.NodeOutput(to_image(finished.pixels), to_mask(finished.alpha), ui=done.ui())
 
 
-def _report() -> OnStep:
-    """Progress, preview and interrupt of the host, as ``generate`` calls for them. The last step needs no preview."""
+def _report(model: Checkpoint, plan: SpeedPlan) -> OnStep:
+    """Progress, preview and interrupt of the host, as ``generate`` calls for them. The last step needs no preview.
+
+    The decoder of a large model takes about as long as two steps, so there a preview waits until the host, or the plan
+    by a small decoder, asks for it; the built-in model's costs next to nothing.
+    """
     bars: dict[int, Callable[[int, Image | None], None]] = {}
+    shows = model.family.tasks is None or plan.preview is not None or plan.decoder is not None or previews_wanted()
 
     def on_step(step: int, total: int, preview: Preview) -> None:
         if total not in bars:  # how many there are is known with the first
             bars[total] = host_steps(total)
-        bars[total](step, to_pil(preview()) if step < total else None)
+        bars[total](step, to_pil(preview()) if shows and step < total else None)
 
     return on_step

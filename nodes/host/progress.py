@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import comfy.model_management as memory
 import comfy.utils
-from comfy.cli_args import args
+from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 from server import PromptServer
 
@@ -28,6 +28,11 @@ def steps(total: int) -> Callable[[int, Image.Image | None], None]:
         bar.update_absolute(done, total, shown)
 
     return on_step
+
+
+def previews_wanted() -> bool:
+    """Whether the host was told to show previews; by itself it shows none."""
+    return args.preview_method != LatentPreviewMethod.NoPreviews
 
 
 def text_progress(total: int, node_id: str) -> Callable[[int, str], None]:
