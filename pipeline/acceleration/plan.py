@@ -75,8 +75,8 @@ class SpeedPlan:
             )
         if self.quantisation != "off" and self.memory_format != "contiguous":
             raise ValueError(
-                "expected quantised weights or another memory format in a speed plan, since either is a model of its own; "
-                f"got both, {self.quantisation} and {self.memory_format}"
+                "expected quantised weights or another memory format in a speed plan, since either is a model of its "
+                f"own; got both, {self.quantisation} and {self.memory_format}"
             )
 
     def exact(self) -> "SpeedPlan":
