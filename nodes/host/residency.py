@@ -49,6 +49,10 @@ class WholePatcher(ModelPatcher):
     def partially_unload(self, device_to, memory_to_free=0, **options):
         return 0  # nothing in part: the host then detaches the whole
 
+    def loaded_size(self):
+        # All or nothing, so it is our count; the host's takes tied weights twice, and 8-bit ones for floats.
+        return self.model_size() if super().loaded_size() else 0
+
     def detach(self, unpatch_all=True):
         leaving = self.loaded_size() if unpatch_all and self.load_device != self.offload_device else 0
         model = super().detach(unpatch_all)

@@ -100,6 +100,32 @@ def check_the_host_counts_the_bytes_we_hold():
         assert [entry.model_loaded_memory() for entry in ours()] == [LAYER_BYTES] * 2
 
 
+def check_weights_of_8_bits_count_as_what_they_are():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    cache = new_cache()
+
+    def quantised() -> nn.Module:
+        model = nn.Sequential(layer())
+        quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+        return model.requires_grad_(False)
+
+    with cache.use(key("a"), quantised) as model, torch.inference_mode():
+        weight = model[0].weight
+        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        size = sum(part.nbytes for part in parts)
+        assert parts[0].dtype == torch.int8 and size < LAYER_BYTES / 3
+        assert cache.stats().bytes_held == size
+        assert [(entry.model_memory(), entry.model_loaded_memory()) for entry in ours()] == [(size, size)]
+        assert ours()[0].model_offloaded_memory() == 0
+        before = model(torch.ones(1, 64))
+    memory.unload_all_models()
+    assert on_device(cache) == [False]
+    with cache.use(key("a"), quantised) as model, torch.inference_mode():
+        assert torch.equal(model(torch.ones(1, 64)), before)
+        assert cache.stats().bytes_held == size
+
+
 def check_a_cpu_copies_nothing():
     cache = new_cache()
     with cache.use(key("a"), layer) as model:
