@@ -1,8 +1,9 @@
 """Denoisers whose linear layers hold their weights in 8 bits, by torchao: models of their own in the cache."""
 
+import hashlib
 import importlib
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from torch import nn
 
 from ..adapters.private_views import adapted
 from ..checkpoints import Checkpoint
-from ..model_cache import ModelCache
+from ..model_cache import ModelCache, ModelKey
 from .compiling import repeated_blocks
-from .memory_format import channels_last, variant
 
 # By the name in a speed plan: torchao's configuration, and its options.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,34 +25,30 @@ _FLOAT8_MULTIPLE = 16  # of either side of a matrix, for the kernel that multipl
 
 
 def use_quantised(
-    cache: ModelCache,
-    checkpoint: Checkpoint,
-    component: str,
-    how: str,
-    dtype: torch.dtype | None = None,
-    memory_format: str = "contiguous",
+    cache: ModelCache, checkpoint: Checkpoint, component: str, how: str, dtype: torch.dtype | None = None
 ) -> AbstractContextManager[Any]:
     """``with use_quantised(cache, checkpoint, "unet", "int8") as unet:`` - in place of ``checkpoint.use``.
 
     The checkpoint's adapters are laid over it as over any other. how: "int8" holds each row of a linear layer of the
     repeated blocks in 8 bits and a scale, and multiplies in ``dtype``; "int8 dynamic" rounds the input as well, for
     each of its rows anew, and multiplies integers; "float8" does so in 8-bit floats, on NVIDIA GPUs from capability
-    8.9. Convolutions and all else stay in ``dtype``: float32 on a CPU unless given, else the family's own.
-    memory_format: of the convolutions, "contiguous" or "channels_last". Raises ValueError where the device or the
-    denoiser does not fit, or torchao is not installed.
+    8.9. Convolutions and all else stay in ``dtype``: float32 on a CPU unless given, else the family's own. Raises
+    ValueError where the device or the denoiser does not fit, or torchao is not installed.
     """
     device = cache.residency.device
     dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint.family.device_dtype)
     check_quantisation(how, device)
-    key = variant(checkpoint.key(component, dtype), how)
-
-    def build() -> nn.Module:
-        return build_quantised(checkpoint, component, how, dtype)
-
-    entry = channels_last(key, build) if memory_format == "channels_last" else (key, build)
-    module = cache.use(*entry)
+    key = quantised_key(checkpoint, component, how, dtype)
+    module = cache.use(key, lambda: build_quantised(checkpoint, component, how, dtype))
     acting = [adapter for adapter in checkpoint.adapters if adapter.acts_on(component)]
     return adapted(module, cache, acting, component, dtype) if acting else module
+
+
+def quantised_key(checkpoint: Checkpoint, component: str, how: str, dtype: torch.dtype) -> ModelKey:
+    """Equal for equal weights quantised in the same way; a file that is replaced gives another."""
+    key = checkpoint.key(component, dtype)
+    content = hashlib.sha256(f"{key.content} {how}".encode()).hexdigest()
+    return replace(key, component=f"{component} in {how}", content=content)
 
 
 def check_quantisation(how: str, device: torch.device) -> None:
