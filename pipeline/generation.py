@@ -24,6 +24,7 @@ from .denoising.latents import channels_of, decode_or_tile, generators, noise, p
 from .denoising.measures import Meter
 from .denoising.nan_guard import NanGuard
 from .denoising.unet_sampler import denoise
+from .denoising.walks import steps_walked
 from .model_cache import ModelCache
 from .residency import OutOfDeviceMemory, is_out_of_memory
 
@@ -103,14 +104,6 @@ class _Task:
     mask: Tensor | None
     on_step: OnStep | None
 
-    @property
-    def steps_taken(self) -> int:
-        """Of the schedule's; fewer from a picture, except in families that take all of them from less noise."""
-        steps = self.schedule.num_inference_steps
-        if self.source is None or self.checkpoint.family.strength_steps == "all":
-            return steps
-        return max(1, round(self.source.strength * steps))
-
 
 def _pictures(task: _Task, plan: SpeedPlan) -> Pictures:
     meter, guard = Meter(task.cache), NanGuard(task.checkpoint.folder.name)
@@ -161,13 +154,16 @@ def _denoised(task: _Task, plan: SpeedPlan, decoders: Decoders, applied: Applied
     cache, checkpoint, conditioning = task.cache, task.checkpoint, task.conditioning
     family, frame, source, schedule = checkpoint.family, task.frame, task.source, task.schedule
     name = "unet" if checkpoint.has("unet") else "transformer"
+    scheduler = deepcopy(schedule.scheduler)  # since it counts its steps
+    steps = schedule.num_inference_steps
+    if task.sigmas is None and (plan.unet_cache > 1 or plan.step_cache > 0):
+        steps = steps_walked(scheduler, steps, family, source)
     with (
         use_vae(cache, checkpoint, decoder_precision(checkpoint, plan)) as vae,
         decoders.use_for_looks(cache, vae) as looks,
-        use_denoiser(cache, checkpoint, name, plan, task.steps_taken, applied) as denoiser,
+        use_denoiser(cache, checkpoint, name, plan, steps, applied) as denoiser,
         torch.inference_mode(),
     ):
-        scheduler = deepcopy(schedule.scheduler)  # since it counts its steps
 
         def look(step: int, total: int, latents: Callable[[], Tensor]) -> None:
             if task.on_step is not None:
