@@ -5,7 +5,7 @@ from ..pipeline.adapters.ip_adapter import open_ip_adapter, show_picture
 from ..pipeline.adapters.lora import open_lora
 from ..pipeline.vision.image_encoders import open_image_encoder
 from .choices import check_choice
-from .host import io, model_cache
+from .host import io, model_cache, weights_digests
 from .images import to_pixels
 from .model_files import fingerprint, model_names, model_path
 from .stages import stage
@@ -124,7 +124,9 @@ class DuetIPAdapter(io.ComfyNode):
             heard = model
             if ip_adapter != NONE:
                 file = open_ip_adapter(model, model_path("ipadapter", ip_adapter))
-                encoder = None if image_encoder == OWN else open_image_encoder(model_path("clip_vision", image_encoder))
+                encoder = None
+                if image_encoder != OWN:
+                    encoder = open_image_encoder(model_path("clip_vision", image_encoder), weights_digests())
                 heard = show_picture(model_cache(), model, file, encoder, *to_pixels(image, mask), scale=scale)
         return io.NodeOutput(heard, ui=done.ui())
 

@@ -4,7 +4,7 @@ from ..nodes import sockets
 from ..pipeline.fusing.token_fusion import open_token_adapter
 from ..pipeline.fusion import fuse
 from .choices import check_choice
-from .host import io, model_cache
+from .host import io, model_cache, weights_digests
 from .model_files import fingerprint, model_names, model_path
 from .stages import stage
 
@@ -90,7 +90,9 @@ class DuetFuse(io.ComfyNode):
         projection: str = NO_WEIGHTS,
     ):
         with stage("Fuse", "fusion") as done:
-            adapter = None if projection == NO_WEIGHTS else open_token_adapter(model_path("style_models", projection))
+            adapter = None
+            if projection != NO_WEIGHTS:
+                adapter = open_token_adapter(model_path("style_models", projection), weights_digests())
             fused = fuse(
                 model_cache(), model, prompt_embeds, image_features, method=method, strength=strength, adapter=adapter
             )

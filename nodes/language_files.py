@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..pipeline.language.language_folders import find_language_model, language_model_names
 from ..pipeline.language.language_model import LanguageModel, open_language_model
-from .host import model_folders
+from .host import model_folders, weights_digests
 
 NO_MODEL = "none (the brief as it is)"
 
@@ -14,7 +14,7 @@ def language_names() -> list[str]:
 
 
 def open_named(name: str) -> LanguageModel:
-    return open_language_model(find_language_model(_roots(), name))
+    return open_language_model(find_language_model(_roots(), name), weights_digests())
 
 
 def fingerprint(name: str | None) -> str | float:

@@ -8,7 +8,7 @@ from ..pipeline.store.recall import recalled
 from ..pipeline.text.text_encoders import encode_text, open_text_encoder
 from ..pipeline.text_encoder import encode_prompt
 from .choices import check_choice
-from .host import embedding_store, io, model_cache
+from .host import embedding_store, io, model_cache, weights_digests
 from .model_files import fingerprint, model_names, model_path
 from .stages import stage
 
@@ -67,7 +67,7 @@ class DuetTextEncoder(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder",
                     options=_encoders(),
-                    tooltip="A folder of models/text_encoders, as transformers saves it.",
+                    tooltip="In models/text_encoders: a file of CLIP, T5 or Qwen, or a folder that transformers saved.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -118,7 +118,7 @@ class DuetTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, text_encoder: str, prompt: str, layer: int, chat_template: bool, negative_prompt: str = ""):
         with stage("Text encoder", "text") as done:
-            encoder = open_text_encoder(model_path("text_encoders", text_encoder))
+            encoder = open_text_encoder(model_path("text_encoders", text_encoder), weights_digests())
 
             def read(words: str) -> PromptEmbeds:
                 options = {"layer": layer, "chat_template": chat_template}
@@ -130,5 +130,4 @@ class DuetTextEncoder(io.ComfyNode):
 
 
 def _encoders() -> list[str]:
-    folders = [name for name in model_names("text_encoders") if not name.endswith(".safetensors")]
-    return folders or [NO_ENCODER]
+    return model_names("text_encoders") or [NO_ENCODER]

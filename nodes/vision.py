@@ -6,7 +6,7 @@ from ..pipeline.image_preparation import Augmentation, prepare_image
 from ..pipeline.store.recall import recalled
 from ..pipeline.vision.image_encoders import ImageEncoder, open_image_encoder
 from .choices import check_choice
-from .host import embedding_store, io, model_cache
+from .host import embedding_store, io, model_cache, weights_digests
 from .images import to_image, to_mask, to_pixels
 from .model_files import fingerprint, model_names, model_path
 from .stages import stage
@@ -216,4 +216,4 @@ class DuetImageFeatures(io.ComfyNode):
 
 
 def _encoder(name: str) -> str | ImageEncoder:
-    return name if name in ENCODERS else open_image_encoder(model_path("clip_vision", name))
+    return name if name in ENCODERS else open_image_encoder(model_path("clip_vision", name), weights_digests())

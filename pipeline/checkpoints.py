@@ -19,6 +19,7 @@ from .files.content import Digests
 from .files.safetensors_files import CheckpointError, read_json, shown
 from .files.single_file import open_single_file
 from .files.single_file_weights import build
+from .files.weights import key_of
 from .model_cache import ModelCache, ModelKey
 from .residency import is_out_of_memory
 
@@ -67,15 +68,7 @@ class Checkpoint:
         part = self._component(component)
         if not part.weights:
             raise CheckpointError(f"{part.folder}: expected a component with weights, found a {part.class_name}")
-        content = self.digests.of(part)
-        return ModelKey(
-            path=part.weights[0].resolve(),
-            size=content.bytes,
-            mtime_ns=content.mtime_ns,
-            component=component,
-            dtype=dtype or torch.float32,
-            content=content.digest,
-        )
+        return key_of(part.weights, component, dtype or torch.float32, self.digests.of(part))
 
     def build(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
         """Read the component's weights to the CPU, in eval mode and without gradients. dtype: float32 unless given.
@@ -90,7 +83,7 @@ class Checkpoint:
                 by_diffusers = part.library in ("diffusers", "duet")
                 build_part = build if part.form or by_diffusers else _from_pretrained
                 module = build_part(part, dtype or torch.float32)
-                _own(module)
+                own(module)
         except (*LOADING_ERRORS, SafetensorError) as error:
             if is_out_of_memory(error) or isinstance(error, CheckpointError):
                 raise
@@ -201,7 +194,7 @@ def _read(part: Component, from_pretrained: Any) -> Any:
         raise CheckpointError(f"{part.folder}: expected a {part.class_name}, got: {str(error)[:_QUOTED]}") from error
 
 
-def _own(module: nn.Module) -> None:
+def own(module: nn.Module) -> None:
     """Copy what is still mapped from the file: overwriting it would change the weights, or end the process."""
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.untyped_storage().resizable():

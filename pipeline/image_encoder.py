@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from .checkpoints import Checkpoint
 from .conditioning import ImageFeatures, Space
-from .files.weights import key_of
 from .image_preparation import PreparedImage, prepare_image
-from .model_cache import ModelCache
+from .model_cache import ModelCache, ModelKey
 from .vision.gram import gram_matrix
 from .vision.image_encoders import HALF, ImageEncoder, Triple, open_image_encoder
 
@@ -113,7 +112,8 @@ def _eye(cache: ModelCache, checkpoint: Checkpoint, encoder: str | ImageEncoder)
     identity, size = checkpoint.identity_of("image_encoder"), checkpoint.family.image_size
     if size:  # the small model's
         return _Eye(identity, size, HALF, HALF, lambda: checkpoint.use(cache, "image_encoder"), _see_transformers)
-    return _eye_on_disk(cache, open_image_encoder(checkpoint.components["image_encoder"].folder), identity)
+    folder = checkpoint.components["image_encoder"].folder
+    return _eye_on_disk(cache, open_image_encoder(folder, checkpoint.digests), identity)
 
 
 def _eye_on_disk(cache: ModelCache, encoder: ImageEncoder, identity: str) -> _Eye:
@@ -226,7 +226,10 @@ def _efficientnet_weights() -> Path:
 
 
 def _use(cache: ModelCache, weights: Path) -> AbstractContextManager[Any]:
-    return cache.use(key_of((weights,), "efficientnet-lite0", torch.float32), lambda: _build_efficientnet(weights))
+    status, kind = weights.stat(), "efficientnet-lite0"
+    # It comes with a package, under one name: there is no second one to tell it from.
+    key = ModelKey(weights.resolve(), status.st_size, status.st_mtime_ns, kind, torch.float32)
+    return cache.use(key, lambda: _build_efficientnet(weights))
 
 
 def _build_efficientnet(weights: Path) -> nn.Module:

@@ -12,6 +12,7 @@ from PIL import Image
 from server import PromptServer
 
 _TEXT_EVERY_S = 0.1
+_LONG_S = 1.0
 
 
 def steps(total: int) -> Callable[[int, Image.Image | None], None]:
@@ -52,3 +53,29 @@ def text_progress(total: int, node_id: str) -> Callable[[int, str], None]:
             told = time.monotonic()
 
     return on_text
+
+
+def reading(name: str, size: int) -> Callable[[int], None]:
+    """A watch for ``Digests``: after a second the node that asked says what is read, and how far it is.
+
+    Raises the host's InterruptProcessingException as soon as the user has cancelled.
+    """
+    started = told = time.monotonic()
+    bar = None
+
+    def on_read(read: int) -> None:
+        nonlocal bar, told
+        memory.throw_exception_if_processing_interrupted()
+        now = time.monotonic()
+        if now - started < _LONG_S:
+            return
+        bar = bar or comfy.utils.ProgressBar(size)
+        bar.update_absolute(read, size)
+        server = getattr(PromptServer, "instance", None)
+        node_id = getattr(server, "last_node_id", None)
+        if server is not None and node_id is not None and now - told > _TEXT_EVERY_S:
+            gigabytes = f"{read / 1e9:.1f} of {size / 1e9:.1f} GB"
+            server.send_progress_text(f"Reading {name} once, to know it again: {gigabytes}", node_id)
+            told = now
+
+    return on_read

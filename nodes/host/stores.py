@@ -14,6 +14,7 @@ from server import PromptServer
 from ...pipeline.files.content import Digests
 from ...pipeline.model_cache import ModelCache
 from ...pipeline.store.embedding_store import EmbeddingStore
+from .progress import reading
 from .residency import ComfyResidency
 
 _making_cache = threading.Lock()
@@ -44,7 +45,7 @@ def embedding_store() -> EmbeddingStore:
 @functools.cache
 def weights_digests() -> Digests:
     """The contents of all weights that were read in this host, remembered in the same folder."""
-    return Digests(_own_folder() / "digests")
+    return Digests(_own_folder() / "digests", reading)
 
 
 def _empty_when_freed(cache: ModelCache) -> None:

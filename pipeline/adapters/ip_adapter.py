@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import LOADING_ERRORS, Checkpoint
 from ..files.components import Component
+from ..files.content import Digests
 from ..files.safetensors_files import CheckpointError, check_weights, shown
 from ..files.weights import key_of, read_tensors
 from ..image_preparation import prepare_image
@@ -50,10 +51,13 @@ class IPAdapterFile:
     part: Component
     image_width: int
     hears_tokens: bool
+    digests: Digests = field(default_factory=Digests, repr=False, compare=False)
 
     def use(self, cache: ModelCache, dtype: torch.dtype) -> AbstractContextManager[Any]:
         """On the cache's device, and pinned, while in the block: one copy, whatever the picture and the scale."""
-        return cache.use(key_of((self.path,), "IP-Adapter", dtype), lambda: self.build(dtype))
+        kind = f"IP-Adapter for a {self.part.class_name}"
+        content = self.digests.of_network((self.path,), "", kind, {})
+        return cache.use(key_of((self.path,), kind, dtype, content), lambda: self.build(dtype))
 
     def build(self, dtype: torch.dtype) -> "IPAdapterNetwork":
         """Read the file to the CPU. Raises CheckpointError if it is no longer the one that was checked."""
@@ -173,7 +177,7 @@ def open_ip_adapter(checkpoint: Checkpoint, path: Path) -> IPAdapterFile:
         )
     _check_family(checkpoint, path, part, attention)
     width, hears_tokens = _hears(path, projection, attention)
-    return IPAdapterFile(path, file.digest, denoiser, part, width, hears_tokens)
+    return IPAdapterFile(path, file.digest, denoiser, part, width, hears_tokens, checkpoint.digests)
 
 
 def show_picture(
@@ -198,7 +202,7 @@ def show_picture(
             raise ValueError(
                 f"expected an image encoder for {file.path.name}, since {checkpoint.folder.name} has none of its own"
             )
-        encoder = open_image_encoder(checkpoint.components["image_encoder"].folder)
+        encoder = open_image_encoder(checkpoint.components["image_encoder"].folder, checkpoint.digests)
     _check_encoder(file, encoder)
     prepared = prepare_image(pixels, mask, size=encoder.size, fit="pad")
     seen = prepared.pixels * prepared.mask[:, None] + 1 - prepared.mask[:, None]

@@ -4,7 +4,7 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
 from ..files.components import Component
+from ..files.content import Digests
 from ..files.safetensors_files import CheckpointError, check_weights, read_json
 from ..files.weights import key_of, read_tensors
 from ..model_cache import ModelCache
@@ -49,10 +50,12 @@ class Lora:
     layers_per_block: int
     settings: Mapping[str, Any]
     notices: tuple[str, ...] = ()
+    digests: Digests = field(default_factory=Digests, repr=False, compare=False)
 
     @property
     def identity(self) -> tuple[object, ...]:
-        return ("lora", self.digest, self.strength)
+        content = self.digests.of_network((self.path,), "", self.pipeline, self.settings)
+        return ("lora", content.digest, self.layers_per_block, self.strength)
 
     def acts_on(self, component: str) -> bool:
         return self.strength != 0 and component in self.targets
@@ -63,7 +66,9 @@ class Lora:
     def use(self, cache: ModelCache, dtype: torch.dtype) -> AbstractContextManager[Any]:
         """On the cache's device, and pinned, while in the block: one copy, whatever the strength and the prompt."""
         layout = f"LoRA for {self.pipeline}, {self.layers_per_block} layers a block"
-        return cache.use(key_of((self.path,), layout, dtype), lambda: self.build(dtype))
+        # What the file says of ranks and alphas decides too, and lies in its notes.
+        content = self.digests.of_network((self.path,), "", layout, self.settings)
+        return cache.use(key_of((self.path,), layout, dtype, content), lambda: self.build(dtype))
 
     def build(self, dtype: torch.dtype) -> "LoraNetwork":
         """Read the file to the CPU. Raises CheckpointError if it is no longer the one that was checked."""
@@ -136,6 +141,7 @@ def open_lora(checkpoint: Checkpoint, path: Path, strength: float) -> Lora:
         checkpoint.family.tasks.text_to_image,
         per_block if isinstance(per_block, int) else 2,
         _settings(path),
+        digests=checkpoint.digests,
     )
     try:
         factors, left = lora._factors(stand_ins(shapes))

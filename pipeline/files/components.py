@@ -136,8 +136,13 @@ class Component:
         return self.config.parent
 
     def load_class(self) -> Any:
-        module, package = _MODULES.get(self.library, {}).get(self.class_name, (self.library, None))
-        return getattr(importlib.import_module(module, package), self.class_name)
+        return load_class(self.library, self.class_name)
+
+
+def load_class(library: str, class_name: str) -> Any:
+    """A class that model_index.json names; its library is imported only now."""
+    module, package = _MODULES.get(library, {}).get(class_name, (library, None))
+    return getattr(importlib.import_module(module, package), class_name)
 
 
 def open_component(index: Path, name: str, entry: list[Any]) -> Component:

@@ -1,5 +1,6 @@
 """What a component is, whatever its files are called: a digest of all its weights and of its configuration."""
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -7,16 +8,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .components import Component
-from .safetensors_files import CheckpointError, TensorEntry, check_weights, read_json
+from .components import Component, load_class
+from .hashing import Span, hash_spans, pieces_of
+from .libraries import library_marks
+from .safetensors_files import CheckpointError, check_weights, read_json
 
 log = logging.getLogger(__name__)
+
+# Given what is read and how many bytes of it, once for each reading; gives what is told the bytes read so far.
+Watch = Callable[[str, int], Callable[[int], None]]
 
 # What says where a configuration came from, and nothing about the network.
 _PROVENANCE = {
@@ -31,8 +36,8 @@ _PROVENANCE = {
 }
 # Layouts of single files whose tensors are named as in a diffusers folder.
 _NAMED_ALIKE = {"", "as_is", "clip", "diffusers_flux", "diffusers_unet", "qwen_image"}
-_CHUNK = 4 * 2**20
-_THREADS = 8
+_LIBRARIES = ("diffusers", "transformers")  # whose classes have defaults for what a configuration leaves out
+_SMALL = {".jinja", ".json", ".model", ".txt"}
 _MOST_REMEMBERED = 4096
 _LARGEST_MEMORY = 4 * 2**20
 
@@ -49,41 +54,98 @@ class Content:
 class Digests:
     """Reads every weight once to tell models apart by what they are, and remembers it by path, size and mtime.
 
-    folder: where it is remembered beyond the process; only within it if None. Safe to call from any thread.
+    folder: where it is remembered beyond the process; only within it if None. watch: follows each reading of weights on
+    the thread that asks; what it raises ends the reading, of which nothing is remembered. Safe to call from any thread.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, watch: Watch | None = None) -> None:
         self._folder = folder
+        self._watch = watch
         self._path = folder / "weights.json" if folder else None
         self._known: dict[str, tuple[str, int]] = _remembered(self._path)
-        self._configs: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Digests, (self._folder,)  # a lock cannot be copied
+        return Digests, (self._folder, self._watch)  # a lock cannot be copied
 
     def of(self, part: Component) -> Content:
         """The component as it lies on disk now. Raises CheckpointError if it is gone, or changes meanwhile."""
-        stats = _stats(part)
-        place = json.dumps([part.prefix, *((str(path.resolve()), *stats[path]) for path in part.weights)])
-        with self._lock:
-            known = self._known.get(place)
-        if known is None:
-            known = _weights_digest(part)
-            if _stats(part) != stats:
-                raise CheckpointError(f"{part.where}: expected it to lie still while it is read, but it was changed")
-            self._remember(place, known)
-        weights, size = known
-        form = "" if part.form in _NAMED_ALIKE else part.form
-        told = f"{part.library}.{part.class_name} {form} {self._config(part, stats[part.config])} {weights}"
-        newest = max(mtime_ns for _, mtime_ns in stats.values())
-        return Content(hashlib.sha256(told.encode()).hexdigest(), size, newest)
+        status = _stat(part.config)
+        place = ("config", str(part.config), *status, part.library, part.class_name, repr(part.options))
+        config = self._config(place, part.library, part.class_name, lambda: read_json(part.config) | dict(part.options))
+        told = f"{part.library}.{part.class_name} {_form(part.form)} {config}"
+        return self._content(part.weights, told, part.prefix, status[1])
 
-    def _config(self, part: Component, status: tuple[int, int]) -> str:
-        place = (part.config, status, part.class_name, repr(part.options))
-        if place not in self._configs:
-            self._configs[place] = json.dumps(_effective_config(part), sort_keys=True, default=repr)
-        return self._configs[place]
+    def of_network(
+        self, weights: Sequence[Path], library: str, class_name: str, config: Mapping[str, Any], form: str = ""
+    ) -> Content:
+        """Of weights whose configuration is no file. Equal to what ``of`` gives for the same network. Raises likewise.
+
+        library: "" where the class has no defaults to add to its configuration.
+        """
+        as_given = json.dumps(dict(config), sort_keys=True, default=repr)
+        config_digest = self._config(("given", library, class_name, as_given), library, class_name, lambda: config)
+        return self._content(weights, f"{library}.{class_name} {_form(form)} {config_digest}", "", 0)
+
+    def of_files(self, paths: Iterable[Path]) -> str:
+        """Of the names and all bytes of small files, such as those of a tokenizer. Raises as ``of`` does."""
+        paths = sorted(paths)
+        place = ("files", *((str(path), *_stat(path)) for path in paths))
+
+        def read() -> tuple[str, int]:
+            found = [path.read_bytes() for path in paths]
+            lines = [f"{path.name} {hashlib.sha256(data).hexdigest()}" for path, data in zip(paths, found, strict=True)]
+            return _digest_of(lines), sum(map(len, found))
+
+        return self._known_or(place, read)[0]
+
+    def _content(self, weights: Sequence[Path], told: str, prefix: str, mtime_ns: int) -> Content:
+        stats = {path: _stat(path) for path in weights}
+        place = (prefix, *((str(path.resolve()), *stats[path]) for path in weights))
+
+        def read() -> tuple[str, int]:
+            found = self._read(weights, prefix)
+            if {path: _stat(path) for path in weights} != stats:
+                raise CheckpointError(f"{weights[0]}: expected it to lie still while it is read, but it was changed")
+            return found
+
+        digest, size = self._known_or(place, read)
+        newest = max(mtime_ns, *(stat[1] for stat in stats.values()))
+        return Content(hashlib.sha256(f"{told} {digest}".encode()).hexdigest(), size, newest)
+
+    def _read(self, weights: Sequence[Path], prefix: str) -> tuple[str, int]:
+        """Of the names, types, shapes and bytes of all tensors, in however many files; of other files all bytes."""
+        started = time.perf_counter()
+        described = [each for path in weights for each in _spans(path, prefix)]
+        size = sum(span.stop - span.start for _, span in described)
+        # A model of one file is named by it, one of a folder by the folder.
+        name = weights[0].parent.name if weights[0].name.startswith(("model", "diffusion_pytorch")) else weights[0].name
+        log.info("reading the %d bytes of %s once, to know it again by any name", size, name)
+        on_read = self._watch(name, size) if self._watch else None
+        digests = hash_spans([span for _, span in described], on_read)
+        log.info("told %s by its %d bytes in %.2f s", weights[0], size, time.perf_counter() - started)
+        return _digest_of(f"{told} {digest}" for (told, _), digest in zip(described, digests, strict=True)), size
+
+    def _config(
+        self, place: tuple[object, ...], library: str, class_name: str, read: Callable[[], Mapping[str, Any]]
+    ) -> str:
+        """Of a configuration with the defaults of its class; remembered, because to import the class takes seconds."""
+        place = (*place, *library_marks(*(name for name in _LIBRARIES if name == library)))
+
+        def digest() -> tuple[str, int]:
+            effective = _effective(library, class_name, read())
+            return hashlib.sha256(json.dumps(effective, sort_keys=True, default=repr).encode()).hexdigest(), 0
+
+        return self._known_or(place, digest)[0]
+
+    def _known_or(self, place: tuple[object, ...], read: Callable[[], tuple[str, int]]) -> tuple[str, int]:
+        written = json.dumps(place)
+        with self._lock:
+            known = self._known.get(written)
+        if known is None:
+            known = read()
+            self._remember(written, known)
+        return known
 
     def _remember(self, place: str, known: tuple[str, int]) -> None:
         with self._lock:
@@ -101,6 +163,15 @@ class Digests:
                 log.warning("could not remember the digest of weights in %s: %s", self._path, error)
 
 
+def small_files(folder: Path) -> list[Path]:
+    """What lies beside weights and decides too: the words of a tokenizer, how a picture is to be shown."""
+    return [path for path in folder.iterdir() if path.suffix in _SMALL and path.is_file()]
+
+
+def _form(form: str) -> str:
+    return "" if form in _NAMED_ALIKE else form
+
+
 def _remembered(path: Path | None) -> dict[str, tuple[str, int]]:
     if path is None or not path.is_file():
         return {}
@@ -111,60 +182,39 @@ def _remembered(path: Path | None) -> dict[str, tuple[str, int]]:
         return {}  # spoiled: everything is read again
 
 
-def _stats(part: Component) -> dict[Path, tuple[int, int]]:
+def _stat(path: Path) -> tuple[int, int]:
     try:
-        return {path: ((status := path.stat()).st_size, status.st_mtime_ns) for path in (part.config, *part.weights)}
+        return (status := path.stat()).st_size, status.st_mtime_ns
     except OSError as error:
         raise CheckpointError(f"expected {error.filename}, which was there before: {error.strerror}") from error
 
 
-def _effective_config(part: Component) -> Mapping[str, Any]:
+def _effective(library: str, class_name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """With the defaults of what the file does not say, so that a short and a long configuration may agree."""
-    config = read_json(part.config) | dict(part.options)
-    model = part.load_class()
-    if part.library == "transformers":
-        config = model.config_class.from_dict(config).to_dict()
-    else:
-        parameters = inspect.signature(model.__init__).parameters.values()
+    if library == "transformers":
+        with contextlib.suppress(Exception):  # of many kinds; what the class refuses is refused when it is built
+            config = load_class(library, class_name).config_class.from_dict(dict(config)).to_dict()
+    elif library:
+        parameters = inspect.signature(load_class(library, class_name).__init__).parameters.values()
         defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
-        config = defaults | config
+        config = defaults | dict(config)
     return {key: value for key, value in config.items() if key not in _PROVENANCE}
 
 
-def _weights_digest(part: Component) -> tuple[str, int]:
-    """Of the names, types, shapes and bytes of all tensors, however many files they lie in."""
-    started = time.perf_counter()
-    files = [check_weights(path) for path in part.weights]
-    tensors = [
+def _spans(path: Path, prefix: str) -> list[tuple[str, Span]]:
+    """What there is to hash in a file, each with what else is said of it."""
+    if path.suffix.lower() != ".safetensors":
+        return [(f"{number}", span) for number, span in enumerate(pieces_of(path))]
+    return [
         # CLIP's names begin with text_model or not, by the age of what wrote them, and mean the same.
-        (name.removeprefix(part.prefix).removeprefix("text_model."), file.path, entry)
-        for file in files
-        for name, entry in file.entries.items()
-        if name.startswith(part.prefix) and not name.endswith("position_ids")  # a table that old files hold
+        (
+            f"{name.removeprefix(prefix).removeprefix('text_model.')} {entry.dtype} {entry.shape}",
+            Span(path, entry.start, entry.stop),
+        )
+        for name, entry in check_weights(path).entries.items()
+        if name.startswith(prefix) and not name.endswith("position_ids")  # a table that old files hold
     ]
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda each: _bytes_digest(each[1], each[2]), tensors)
-        lines = [
-            f"{name} {entry.dtype} {entry.shape} {digest}"
-            for (name, _, entry), digest in zip(tensors, digests, strict=True)
-        ]
-    size = sum(entry.stop - entry.start for _, _, entry in tensors)
-    log.info("told %s of %s by its %d bytes in %.2f s", part.name, part.where, size, time.perf_counter() - started)
-    return _digest_of(lines), size
 
 
 def _digest_of(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _bytes_digest(path: Path, entry: TensorEntry) -> str:
-    digest = hashlib.sha256()  # processors have instructions for it; threads hash side by side
-    with open(path, "rb") as file:
-        file.seek(entry.start)
-        left = entry.stop - entry.start
-        while left > 0 and (chunk := file.read(min(_CHUNK, left))):
-            digest.update(chunk)
-            left -= len(chunk)
-    if left:
-        raise CheckpointError(f"{path} is truncated: {left:,} bytes are missing since it was opened")
-    return digest.hexdigest()

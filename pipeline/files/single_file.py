@@ -90,7 +90,7 @@ def open_single_file(path: Path, further: Sequence[Path] = (), config: Path | No
             del components[name]
     unused = [file.path for file in files[1:] if not any(file.path in part.weights for part in components.values())]
     if unused:
-        found = _in_words(check_weights(unused[0]))
+        found = in_words(check_weights(unused[0]))
         raise CheckpointError(f"{unused[0]} holds nothing that {path.name}, of {family.name}, lacks. {found}")
     return SingleFile(index_path, family, components)
 
@@ -134,9 +134,9 @@ def _recognise(file: WeightsFile, config: Path | None) -> tuple[Path, Sign, str]
                 return config or CONFIGS / sign.layout, sign, prefix
         for told, marks in UNUSABLE.items():
             if all(mark in entries for mark in marks):
-                raise CheckpointError(f"{file.path} is {told}. {_in_words(file)}")
+                raise CheckpointError(f"{file.path} is {told}. {in_words(file)}")
     known = ", ".join(sorted({FAMILIES[_pipeline(sign)].name for sign in SIGNS}))
-    raise CheckpointError(f"{file.path}: expected the denoiser of {known}. {_in_words(file)}")
+    raise CheckpointError(f"{file.path}: expected the denoiser of {known}. {in_words(file)}")
 
 
 def _pipeline(sign: Sign) -> str:
@@ -214,7 +214,7 @@ def _held(components: Mapping[str, Component]) -> str:
     return ", ".join(name for name, part in components.items() if part.weights)
 
 
-def _in_words(file: WeightsFile) -> str:
+def in_words(file: WeightsFile) -> str:
     """For an error: what a header lists, shortly."""
     if any(".lora_" in name or ".lora." in name or "lora_A" in name for name in file.entries):
         return f"Its header lists {file.tensors} tensors of a LoRA, which changes a model and is none"

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..model_cache import ModelKey
-from .safetensors_files import CheckpointError, check_weights
+from .content import Content
+from .safetensors_files import check_weights
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
@@ -27,16 +28,13 @@ def read_tensors(weights: tuple[Path, ...], wanted: Callable[[str], bool] = lamb
     return tensors
 
 
-def key_of(weights: tuple[Path, ...], component: str, dtype: torch.dtype) -> ModelKey:
-    """The files as they lie on disk now. Raises CheckpointError where one is gone."""
-    try:
-        files = [path.stat() for path in weights]
-    except OSError as error:
-        raise CheckpointError(f"expected {error.filename}, which was there before: {error.strerror}") from error
+def key_of(weights: tuple[Path, ...], component: str, dtype: torch.dtype, content: Content) -> ModelKey:
+    """The weights as they lie on disk now, equal for equal ``content`` anywhere."""
     return ModelKey(
         path=weights[0].resolve(),
-        size=sum(file.st_size for file in files),
-        mtime_ns=max(file.st_mtime_ns for file in files),
+        size=content.bytes,
+        mtime_ns=content.mtime_ns,
         component=component,
         dtype=dtype,
+        content=content.digest,
     )

@@ -1,7 +1,7 @@
 """How a picture joins the words of a model without a fusion network: its tokens beside theirs, or looked at by them."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..conditioning import FusedConditioning, ImageFeatures
 from ..files.components import check_model, find_weights
+from ..files.content import Digests
 from ..files.safetensors_files import CheckpointError, check_weights, read_json, shown
 from ..files.weights import key_of, read_tensors, shapes_of
 from ..model_cache import ModelCache
@@ -33,11 +34,13 @@ class TokenAdapter:
     words_width: int
     config: dict[str, Any]
     weights: tuple[Path, ...]
+    digests: Digests = field(default_factory=Digests, repr=False, compare=False)
 
     def use(self, cache: ModelCache) -> AbstractContextManager[Any]:
         """On the cache's device, and pinned, while in the block; float32 on a CPU, else float16."""
         dtype = torch.float32 if cache.residency.device.type == "cpu" else torch.float16
-        return cache.use(key_of(self.weights, self.kind, dtype), lambda: self.build(dtype))
+        content = self.digests.of_network(self.weights, "", self.kind, self.config)
+        return cache.use(key_of(self.weights, self.kind, dtype, content), lambda: self.build(dtype))
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """Read the weights to the CPU. Raises CheckpointError if they are not those of the class."""
@@ -52,10 +55,10 @@ class TokenAdapter:
             raise CheckpointError(f"{self.name}: expected weights of a {self.kind}, got: {str(error)[:300]}") from error
 
 
-def open_token_adapter(path: Path) -> TokenAdapter:
+def open_token_adapter(path: Path, digests: Digests | None = None) -> TokenAdapter:
     """A Redux file as ComfyUI's models/style_models hold it, or a folder that diffusers wrote of one of the two kinds.
 
-    Raises CheckpointError, naming what was found.
+    digests: what remembers the contents of weights. Raises CheckpointError, naming what was found.
     """
     if path.is_dir():
         config = read_json(path / "config.json")
@@ -69,14 +72,14 @@ def open_token_adapter(path: Path) -> TokenAdapter:
     if kind == REDUX and shapes.keys() == _REDUX_TENSORS:
         up, down = shapes["redux_up.weight"], shapes["redux_down.weight"]
         told = {"redux_dim": up[-1], "txt_in_features": down[0]}
-        return TokenAdapter(path.stem, kind, up[-1], down[0], told, weights)
+        return TokenAdapter(path.stem, kind, up[-1], down[0], told, weights, digests or Digests())
     if kind == CROSS_ATTENTION and {"to_q.weight", "to_k.weight"} <= shapes.keys():
         (width, words), image = shapes["to_q.weight"], shapes["to_k.weight"][-1]
         heads = config.get("num_heads", 8)
         if not isinstance(heads, int) or heads < 1 or width % heads:
             raise CheckpointError(f"{path}: expected num_heads that divides {width}, found {shown(heads)}")
         told = {"words_width": words, "image_width": image, "width": width, "num_heads": heads}
-        return TokenAdapter(path.name, kind, image, words, told, weights)
+        return TokenAdapter(path.name, kind, image, words, told, weights, digests or Digests())
     raise CheckpointError(
         f"{path}: expected Redux's {', '.join(sorted(_REDUX_TENSORS))} or the folder of a {CROSS_ATTENTION}, "
         f"found {shown(kind)} with {shown(sorted(shapes)[:4])}"

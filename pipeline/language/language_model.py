@@ -7,7 +7,7 @@ from an allow-list, and no code of the folder's own: transformers' classes are n
 import hashlib
 import importlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from ..checkpoints import LOADING_ERRORS, CheckpointError, building
 from ..files.components import check_model, either, find_weights
+from ..files.content import Content, Digests
 from ..files.gguf_files import check_gguf
 from ..files.safetensors_files import read_json, shown
 from ..files.weights import key_of, read_tensors
@@ -86,6 +87,7 @@ class LanguageModel:
     weights: tuple[Path, ...]
     tokenizer_file: Path
     identity: str
+    digests: Digests = field(default_factory=Digests, repr=False, compare=False)
     _tokenizer: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -103,7 +105,17 @@ class LanguageModel:
         return cache.use(self.key(dtype), lambda: self.build(dtype))
 
     def key(self, dtype: torch.dtype) -> ModelKey:
-        return key_of(self.weights, self.class_name, dtype)
+        return key_of(self.weights, self.class_name, dtype, self.content())
+
+    def content(self) -> Content:
+        """What it is, as it lies on disk now, whatever it is called."""
+        if self._is_gguf:  # its configuration is in the file
+            return self.digests.of_network(self.weights, "", self.class_name, {})
+        told = self.path / "generation_config.json"
+        # Always there, so that it is never taken for a checkpoint's encoder, which has other ends.
+        ends = read_json(told).get("eos_token_id") if told.is_file() else None
+        config = read_json(self.path / "config.json") | {"generation_config": {"eos_token_id": ends}}
+        return self.digests.of_network(self.weights, "transformers", self.class_name, config)
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """Read the weights to the CPU, quantised ones unpacked. Raises CheckpointError if they are not the class's."""
@@ -183,8 +195,15 @@ class LanguageModel:
         return module.config.eos_token_id if ends is None else ends
 
 
-def open_language_model(path: Path) -> LanguageModel:
-    """Check a folder, or a .gguf file, by its JSON and headers. Raises CheckpointError, naming the file."""
+def open_language_model(path: Path, digests: Digests | None = None) -> LanguageModel:
+    """Check a folder, or a .gguf file, by its JSON and headers. Raises CheckpointError, naming the file.
+
+    digests: what remembers the contents of weights, so that they are not read again to be told apart.
+    """
+    return replace(_open(path), digests=digests or Digests())
+
+
+def _open(path: Path) -> LanguageModel:
     if path.suffix.lower() == ".gguf":
         return _open_gguf(path)
     if not path.is_dir():

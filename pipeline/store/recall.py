@@ -1,13 +1,15 @@
 """Ask the store of embeddings before the encoder: what was seen before needs no encoder in memory."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from ..checkpoints import Checkpoint
+from ..denoising.diffusers_pipelines import pipeline_options
+from ..files.content import small_files
+from ..files.safetensors_files import read_json
 from ..model_cache import ModelCache
 from .embedding_files import Embeddings
 from .embedding_store import EmbeddingStore
@@ -24,9 +26,9 @@ def recalled(store: EmbeddingStore, encode: Callable[P, E], *arguments: P.args, 
     """``encode(*arguments, **options)``, or what it gave for them when they were last the same.
 
     encode: such as ``encode_prompt`` or ``encode_image``, whose result depends on nothing else. Of a checkpoint among
-    the arguments, the content of its encoders and the files beside them count, what is laid over it, and its own name,
-    since the space that embeddings carry has it; of a model cache, its device. Raises what ``encode`` raises, and
-    TypeError for an argument that cannot be told.
+    the arguments, all that its encoders are made of counts, what its pipeline is told of them, what is laid over it,
+    and its own name, since the space that embeddings carry has it; of a model cache, its device; of anything with a
+    method ``told``, what that gives. Raises what ``encode`` raises, and TypeError for an argument that cannot be told.
     """
     parts = (encode.__module__.rpartition(".")[2], encode.__qualname__, _told(arguments), _told(options))
     caches = [argument for argument in arguments if isinstance(argument, ModelCache)]
@@ -39,15 +41,9 @@ def _told(value: Any) -> Any:
     if isinstance(value, ModelCache):
         return str(value.residency.device.type)
     if isinstance(value, Checkpoint):
-        encoders = {
-            name: (value.digests.of(part).digest if part.weights else part.class_name, _files(_beside(part.config)))
-            for name, part in value.components.items()
-            if name.startswith(WORDS + PICTURES)
-        }
-        laid_over = [adapter.identity for adapter in value.adapters if any(map(adapter.acts_on, encoders))]
-        return ["checkpoint", value.folder.name, value.family.name, encoders, laid_over]
-    if isinstance(value, Path):
-        return ["path", value.name, _files(_beside(value / "any") if value.is_dir() else [value])]
+        return _checkpoint(value)
+    if callable(told := getattr(value, "told", None)):
+        return [type(value).__name__, _told(told())]
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -60,10 +56,20 @@ def _told(value: Any) -> Any:
     return value
 
 
-def _beside(path: Path) -> list[Path]:
-    """A tokenizer is as many files as lie in its folder."""
-    return [other for other in sorted(path.parent.iterdir()) if other.is_file()]
-
-
-def _files(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    return [(path.name, status.st_size, status.st_mtime_ns) for path in paths if (status := path.stat())]
+def _checkpoint(model: Checkpoint) -> list[Any]:
+    encoders = {name: part for name, part in model.components.items() if name.startswith(WORDS + PICTURES)}
+    told = {
+        name: [
+            part.digest,  # which the space has, and which sees the notes of a file too
+            model.digests.of(part).digest if part.weights else part.class_name,
+            _told(part.options),
+            model.digests.of_files(small_files(part.folder)),
+        ]
+        for name, part in encoders.items()
+    }
+    # Where the largest encoder is left out, its place is filled by zeros, as wide as the denoiser says.
+    stands_in = "tokenizer_3" in model.family.windows and "text_encoder_3" not in encoders
+    denoiser = _told(read_json(model.components["transformer"].config)) if stands_in else None
+    laid_over = [adapter.identity for adapter in model.adapters if any(map(adapter.acts_on, encoders))]
+    switches = pipeline_options(model)  # of model_index.json, such as force_zeros_for_empty_prompt
+    return ["checkpoint", model.folder.name, _told(model.family), switches, told, denoiser, laid_over]

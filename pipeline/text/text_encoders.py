@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,18 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from ..checkpoints import LOADING_ERRORS, building
+from ..checkpoints import LOADING_ERRORS, building, own
 from ..conditioning import PromptEmbeds, Space
-from ..files.components import check_model, either, find_weights
+from ..files.components import Component, check_model, either, find_weights
+from ..files.content import Content, Digests, small_files
 from ..files.safetensors_files import CheckpointError, read_json, shown
+from ..files.single_file_weights import build
 from ..files.weights import key_of, read_tensors
 from ..language.language_model import CLASSES, LanguageModel, open_language_model
 from ..model_cache import ModelCache
 from ..residency import is_out_of_memory
 from .clip_windows import QUOTED, content, cut_windows, encode_windows
+from .encoder_files import open_encoder_file
 from .prompt_weights import read_weights
 
 LONGEST_PROMPT = 20_000  # characters
@@ -46,8 +49,9 @@ _QUOTED = 300
 class TextEncoder:
     """An encoder whose files were found whole. Holds no weights.
 
-    class_name: in transformers; config: of that class; language_model: set for a decoder, which shares its weights in
-    the cache with whatever else writes or reads by it; digest: of the weights.
+    path: a folder or a single file; class_name: in transformers; config: of that class; digest: of its headers; words:
+    the folder of the tokenizer, with ``options``. language_model: set for a decoder's folder, which shares its weights
+    in the cache with whatever else writes or reads by it; part: set for a single file.
     """
 
     path: Path
@@ -55,8 +59,12 @@ class TextEncoder:
     config: Mapping[str, Any]
     weights: tuple[Path, ...]
     digest: str
+    words: Path
     tokenizer_class: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
     language_model: LanguageModel | None = None
+    part: Component | None = None
+    digests: Digests = field(default_factory=Digests, repr=False, compare=False)
     _tokenizer: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -69,13 +77,31 @@ class TextEncoder:
         if self.language_model is not None:
             return self.language_model.use(cache)
         dtype = torch.float32 if cache.residency.device.type == "cpu" else torch.bfloat16
-        return cache.use(key_of(self.weights, self.class_name, dtype), lambda: self.build(dtype))
+        return cache.use(key_of(self.weights, self.class_name, dtype, self.content()), lambda: self.build(dtype))
+
+    def content(self) -> Content:
+        """What it is, as it lies on disk now, whatever it is called."""
+        if self.language_model is not None:
+            return self.language_model.content()
+        if self.part is not None:
+            return self.digests.of(self.part)
+        return self.digests.of_network(self.weights, "transformers", self.class_name, self.config)
+
+    def told(self) -> object:
+        """All that decides what it makes of words, as the store of embeddings takes it."""
+        words = self.digests.of_files(small_files(self.words))
+        return [self.identity, self.class_name, self.content().digest, self.tokenizer_class, words, self.options]
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """Read the weights to the CPU. Raises CheckpointError if they are not those of the class."""
         kind = getattr(transformers, self.class_name)
         try:
             with torch.inference_mode(False):
+                if self.part is not None:
+                    with building:
+                        module = build(self.part, dtype)
+                        own(module)
+                    return module.eval().requires_grad_(False)
                 config = kind.config_class.from_dict(dict(self.config))
                 self._check_size(kind, config)
                 with building:
@@ -104,10 +130,10 @@ class TextEncoder:
         if not self._tokenizer:
             kind = getattr(transformers, self.tokenizer_class)
             try:
-                self._tokenizer.append(kind.from_pretrained(str(self.path), local_files_only=True))
+                self._tokenizer.append(kind.from_pretrained(str(self.words), local_files_only=True, **self.options))
             except Exception as error:  # tokenizers raises plain Exception
                 raise CheckpointError(
-                    f"{self.path}: expected the files of a {self.tokenizer_class}, got: {str(error)[:_QUOTED]}"
+                    f"{self.words}: expected the files of a {self.tokenizer_class}, got: {str(error)[:_QUOTED]}"
                 ) from error
         return self._tokenizer[0]
 
@@ -120,18 +146,36 @@ class TextEncoder:
             raise CheckpointError(f"{self.path}: expected {needed:,} weights, found room for {there:,} at most")
 
 
-def open_text_encoder(path: Path) -> TextEncoder:
-    """Check a folder as transformers saves it, by its JSON and headers. Raises CheckpointError, naming the file."""
+def open_text_encoder(path: Path, digests: Digests | None = None) -> TextEncoder:
+    """Check a folder as transformers saves it, or a single .safetensors file, by its JSON and headers.
+
+    digests: what remembers the contents of weights, so that they are not read again to be told apart. Raises
+    CheckpointError, naming the file.
+    """
+    digests = digests or Digests()
+    return replace(_open(path, digests), digests=digests)
+
+
+def _open(path: Path, digests: Digests) -> TextEncoder:
+    if path.suffix == ".safetensors" and not path.is_dir():
+        part, words = open_encoder_file(path)
+        config = read_json(part.config) | dict(part.options)
+        return TextEncoder(
+            path, part.class_name, config, part.weights, part.digest, words.folder, words.class_name, words.options,
+            part=part,
+        )  # fmt: skip
     if not path.is_dir():
-        raise CheckpointError(f"expected a text encoder's folder with a config.json at {path}, found no folder")
+        raise CheckpointError(
+            f"expected a text encoder's folder with a config.json, or a .safetensors file, at {path}; found neither"
+        )
     config_path = path / "config.json"
     config = read_json(config_path)
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and len(named) == 1 else None
     if architecture in CLASSES:
-        model = open_language_model(path)
+        model = open_language_model(path, digests)
         digest = hashlib.sha256(model.identity.encode()).hexdigest()
-        return TextEncoder(path, model.class_name, config, model.weights, digest, language_model=model)
+        return TextEncoder(path, model.class_name, config, model.weights, digest, path, language_model=model)
     if architecture not in _KINDS:
         raise CheckpointError(
             f"{config_path}: expected as architectures one of {either([*_KINDS, *CLASSES])}; found {shown(named)}"
@@ -144,7 +188,8 @@ def open_text_encoder(path: Path) -> TextEncoder:
     if not any((path / name).is_file() for name in _WORDS):  # transformers would make an empty one of nothing
         raise CheckpointError(f"{path}: expected the words of a {tokenizer} in {either(_WORDS)}, found none")
     weights, _ = find_weights(path, "model")
-    return TextEncoder(path, class_name, config, tuple(weights), check_model(config_path, weights), tokenizer)
+    digest = check_model(config_path, weights)
+    return TextEncoder(path, class_name, config, tuple(weights), digest, path, tokenizer)
 
 
 def encode_text(
@@ -164,7 +209,8 @@ def encode_text(
     if chat_template and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"expected a language model with a chat template, got {encoder.path.name} without one")
     with encoder.use(cache) as module:
-        layers = int(getattr(module.config, "num_hidden_layers", None) or module.config.num_layers)
+        config = getattr(module.config, "text_config", module.config)  # of a model that sees pictures too
+        layers = int(getattr(config, "num_hidden_layers", None) or config.num_layers)
         if not -layers - 1 <= layer <= layers:
             raise ValueError(f"layer must be {-layers - 1} to {layers} for {encoder.path.name}, got {layer}")
         if is_clip:
@@ -209,13 +255,14 @@ def _windows(
         if token == tokenizer.unk_token_id and token not in known
     ]
     notices = (f"not known to the tokenizer and so not heard: {' '.join(unknown)[:QUOTED]}",) if unknown else ()
-    reach = getattr(module.config, "max_position_embeddings", None) or _T5_WINDOW
+    config = getattr(module.config, "text_config", module.config)
+    reach = getattr(config, "max_position_embeddings", None) or _T5_WINDOW
     room = min(int(reach), LARGEST_WINDOW)
     starts = range(0, len(ids), room) or range(1)
     if len(starts) > 1:
         notices += (f"the prompt fills {len(starts)} windows of {room} tokens; they are encoded apart and joined",)
     ids = ids or [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0]
-    body = module if encoder.language_model is None else module.base_model  # without the logits of every token
+    body = module.base_model  # of a language model, without the logits of every token
     with torch.inference_mode():
         states = [
             body(

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import LOADING_ERRORS, building
 from ..files.components import check_model, either, find_weights
+from ..files.content import Content, Digests
 from ..files.safetensors_files import CheckpointError, check_weights, read_json, shown
 from ..files.weights import key_of, read_tensors, shapes_of
 from ..model_cache import ModelCache, ModelKey
@@ -60,6 +61,7 @@ class ImageEncoder:
     mean: Triple
     std: Triple
     digest: str
+    digests: Digests = field(default_factory=Digests, repr=False, compare=False)
 
     @property
     def identity(self) -> str:
@@ -78,7 +80,16 @@ class ImageEncoder:
         return cache.use(self.key(dtype), lambda: self.build(dtype))
 
     def key(self, dtype: torch.dtype) -> ModelKey:
-        return key_of(self.weights, self.kind, dtype)
+        return key_of(self.weights, self.kind, dtype, self.content())
+
+    def content(self) -> Content:
+        """What it is, as it lies on disk now, whatever it is called."""
+        library = "" if self.kind == "timm" else "transformers"
+        return self.digests.of_network(self.weights, library, self.kind, self.config)
+
+    def told(self) -> object:
+        """All that decides what it sees, as the store of embeddings takes it."""
+        return [self.name, self.kind, self.digest, self.content().digest, self.size, self.mean, self.std]
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """Read the weights to the CPU. Raises CheckpointError if they are not those of the class."""
@@ -94,8 +105,15 @@ class ImageEncoder:
             ) from error
 
 
-def open_image_encoder(path: Path) -> ImageEncoder:
-    """Check a folder, or a single .safetensors file, by its JSON and headers. Raises CheckpointError, naming it."""
+def open_image_encoder(path: Path, digests: Digests | None = None) -> ImageEncoder:
+    """Check a folder, or a single .safetensors file, by its JSON and headers. Raises CheckpointError, naming it.
+
+    digests: what remembers the contents of weights, so that they are not read again to be told apart.
+    """
+    return replace(_open(path), digests=digests or Digests())
+
+
+def _open(path: Path) -> ImageEncoder:
     if path.is_dir():
         config_path = path / "config.json"
         config = read_json(config_path)
