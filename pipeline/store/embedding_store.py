@@ -8,13 +8,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..files.libraries import library_marks
 from ..files.safetensors_files import CheckpointError
 from .embedding_files import FORMAT, Embeddings, moved, read_embeddings, write_embeddings
 
@@ -25,7 +25,31 @@ E = TypeVar("E", bound=Embeddings)
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _UNFINISHED = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{32}\.part")
 _ABANDONED_S = 3600.0
-_LIBRARIES = ("torch", "transformers", "diffusers")
+_LIBRARIES = ("torch", "transformers", "diffusers", "tokenizers", "timm", "efficientnet_lite_pytorch")
+# The modules whose text decides an embedding. What finds, checks, names and keeps models does not, and families.py is
+# told by what it says of the family in question. A test holds this against what the encoders import.
+NUMBERS = (
+    "adapters/lora.py",
+    "adapters/lora_files.py",
+    "adapters/private_views.py",
+    "checkpoints.py",
+    "conditioning.py",
+    "denoising/diffusers_pipelines.py",
+    "files/single_file_weights.py",
+    "files/weights.py",
+    "image_encoder.py",
+    "image_preparation.py",
+    "language/language_model.py",
+    "text/clip_windows.py",
+    "text/encoder_files.py",
+    "text/prompt_pipelines.py",
+    "text/prompt_weights.py",
+    "text/text_encoders.py",
+    "text_encoder.py",
+    "vision/gram.py",
+    "vision/image_encoders.py",
+    "vision/resizing.py",
+)
 
 
 def digest_of(*parts: object) -> str:
@@ -43,14 +67,15 @@ class EmbeddingStore:
 
     The least recently used make way. Any number of threads and processes may share a folder: a file is there whole or
     not at all. A file under a name of ours that is not what it should be is removed; all others are left alone. A disk
-    that is full or read-only costs time, never a result.
+    that is full or read-only costs time, never a result. version: of what makes embeddings, ``code_version`` unless
+    given; those of another are not found.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int) -> None:
+    def __init__(self, folder: Path, budget_bytes: int, version: str | None = None) -> None:
         self.folder = folder
         self.budget_bytes = budget_bytes
         self.hits = self.misses = 0
-        self._version = _code_version()
+        self._version = code_version() if version is None else version
         self._bytes: int | None = None  # in the folder; counted when something is first added
         self._lock = threading.Lock()
 
@@ -136,12 +161,13 @@ class EmbeddingStore:
         return self.folder / f"{digest}.safetensors"
 
 
-def _code_version() -> str:
-    """Of all that turns words and pictures into numbers: an update may change them."""
-    # Told by their files: to ask the installer's records takes ten times as long as all else here.
-    libraries = [Path(spec.origin) for name in _LIBRARIES if (spec := find_spec(name)) and spec.origin]
-    sources = [path.stat() for path in (*libraries, *sorted(Path(__file__).parents[1].rglob("*.py")))]
-    return digest_of(FORMAT, *((file.st_size, file.st_mtime_ns) for file in sources))
+def code_version(pipeline: Path = Path(__file__).parents[1]) -> str:
+    """Of all that turns words and pictures into numbers: of the pack the sources themselves, of libraries the release.
+
+    So an update empties the store only where it may change what is stored. pipeline: this package's folder.
+    """
+    sources = {name: hashlib.sha256((pipeline / name).read_bytes()).hexdigest() for name in NUMBERS}
+    return digest_of(FORMAT, sources, library_marks(*_LIBRARIES))
 
 
 def _feed(hasher: Any, value: object) -> None:

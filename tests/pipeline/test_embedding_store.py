@@ -105,13 +105,6 @@ def test_it_survives_a_restart(store: EmbeddingStore):
     assert done.stdout.strip() == f"{float(words().tokens.sum())} ('one',)"
 
 
-def test_an_update_of_the_pack_is_another_key(store: EmbeddingStore):
-    store.recall(("a rose",), words)
-    changed = EmbeddingStore(store.folder, 2**20)
-    changed._version = "newer"
-    assert same(changed.recall(("a rose",), lambda: words(1)), words(1))
-
-
 def test_the_least_recently_used_make_way(store: EmbeddingStore):
     size = write_embeddings(store.folder.parent / "one.safetensors", words())
     small = EmbeddingStore(store.folder, int(3.5 * size))
