@@ -75,7 +75,7 @@ class _Branch:
     """Of one side of guidance. drift: relative change since ``last``, as far as it can be told without computing."""
 
     last: _Computed | None = None
-    time: float = 0.0
+    sample: Tensor | None = None
     drift: float = 0.0
 
 
@@ -92,7 +92,7 @@ class _StepHook(RunHook):
         branch, step = self._branches.enter(call)
         now = _time(call)
         work = self._work
-        if self._may_pass(branch, step, now):
+        if self._may_pass(branch, step, now, call.sample):
             assert branch.last is not None, "a step before any computed one"
             output = branch.last.output()
             work.steps_from_cache += 1
@@ -102,17 +102,19 @@ class _StepHook(RunHook):
             branch.last, branch.drift = _computed(branch.last, now, output), 0.0
             work.steps_computed += 1
             work.blocks_computed += self._blocks
-        branch.time = now
+        branch.sample = call.sample
         self._branches.leave(branch)
         return output
 
-    def _may_pass(self, branch: _Branch, step: int, now: float) -> bool:
+    def _may_pass(self, branch: _Branch, step: int, now: float, sample: Tensor) -> bool:
         last = branch.last
-        if self._threshold == 0 or last is None or last.rate is None:
+        if self._threshold == 0 or last is None or last.rate is None or branch.sample is None:
             return False
         if step == self._steps - 1 and self._steps > _FEW_STEPS:
             return False
-        branch.drift += last.rate * abs(now - branch.time)
+        # The last step's length stands for that of the one to come.
+        length = (sample - branch.sample).abs().mean() / sample.abs().mean()
+        branch.drift += last.rate * abs(now - last.time) * length.item()
         return branch.drift < self._threshold
 
     def reset_state(self, module: nn.Module) -> nn.Module:
