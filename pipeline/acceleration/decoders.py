@@ -35,7 +35,7 @@ _PUBLISHED = {
 }
 # Decoders of which a tiny one may take the place: one picture in, nothing to undo but a scale and a shift.
 _REPLACEABLE = ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny")
-_MOST_BLOCKS = 256
+_MOST_BLOCKS, _MOST_UPSAMPLING = 256, 8
 _QUOTED = 300
 
 
@@ -170,10 +170,14 @@ def _opened(
         raise CheckpointError(
             f"{path}: expected num_decoder_blocks to suit {len(shapes)} tensors, found {shown(blocks)}"
         )
+    factor = config.get("upsampling_scaling_factor", 2)
+    if type(factor) is not int or not 1 <= factor <= _MOST_UPSAMPLING:
+        raise CheckpointError(
+            f"{path}: expected upsampling_scaling_factor 1 to {_MOST_UPSAMPLING}, found {shown(factor)}"
+        )
     try:
         skeleton = _skeleton(config)
         channels, pixels = skeleton.config.latent_channels, skeleton.config.out_channels
-        downscale = skeleton.config.upsampling_scaling_factor ** (len(blocks) - 1)
     except LOADING_ERRORS as error:
         raise CheckpointError(
             f"{path}: expected the configuration of an AutoencoderTiny, got: {str(error)[:_QUOTED]}"
@@ -189,7 +193,7 @@ def _opened(
             f"{path}: expected the layers of an AutoencoderTiny's decoder; {len(lacking)} are missing, too many or of "
             f"another shape, the first being {first}: expected {wanted.get(first)}, found {found.get(first)}"
         )
-    return TinyDecoder(path, config, weights, prefix, digest, channels, downscale)
+    return TinyDecoder(path, config, weights, prefix, digest, channels, factor ** (len(blocks) - 1))
 
 
 def _layer(name: str, prefix: str) -> str | None:
