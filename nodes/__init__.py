@@ -21,6 +21,7 @@ from .stock import (
     DuetModelToStock,
 )
 from .text import DuetEmbedText, DuetTextEncoder
+from .variants import DuetGrid, DuetVariants
 from .vision import DuetImageFeatures, DuetPrepareImage
 
 NODES: list[type] = [
@@ -49,6 +50,8 @@ NODES: list[type] = [
     DuetSpeedPlan,
     DuetReport,
     DuetSavePictures,
+    DuetVariants,
+    DuetGrid,
 ]
 
 
