@@ -56,11 +56,15 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 @dataclass
 class _Branch(Generic[State]):
+    """steps: before this one; in_step, most: calls in this step, and in the fullest so far; over: all are done."""
+
     condition: tuple[object, ...]
     state: State
-    calls: int
+    steps: int
     timestep: object
     sample: Tensor
+    in_step: int = 1
+    most: int = 1
     over: bool = False
 
 
@@ -90,16 +94,19 @@ class GuidanceBranches(Generic[State]):
         if found is None:
             found = _Branch(said, self._make(), 0, timestep, sample)
             self._branches = [*self._branches[1 - _MOST_BRANCHES :], found]
-        elif not _same_step(found, sample, timestep):
-            found.calls = 0 if found.over else found.calls + 1
-            found.over = False
+        elif _same_step(found, sample, timestep):
+            found.in_step += 1
+            found.most = max(found.most, found.in_step)
+        else:
+            found.steps = 0 if found.over else found.steps + 1
+            found.in_step, found.over = 1, False
         found.timestep, found.sample = timestep, sample
-        return found.state, found.calls
+        return found.state, found.steps
 
     def leave(self, state: State) -> None:
         """At the end of a call: drops what is held for its branch where the step was the last one."""
         for one in self._branches:
-            if one.state is state and one.calls + 1 >= self._steps:
+            if one.state is state and one.steps + 1 >= self._steps and one.in_step == one.most:
                 one.state, one.over = self._make(), True
 
     @property
