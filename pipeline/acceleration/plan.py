@@ -111,8 +111,8 @@ class SpeedPlan:
     @property
     def takes_shortcuts(self) -> bool:
         """Whether its pictures may differ from those of ``exact()``."""
-        plain = replace(self.exact(), name=self.name, preview=self.preview, measure_loss=self.measure_loss)
-        return replace(self, where_it_fits=()) != plain
+        same = {name: getattr(self, name) for name in ("name", "preview", "measure_loss", "where_it_fits")}
+        return self != replace(self.exact(), **same)
 
 
 EXACT = SpeedPlan()
