@@ -13,6 +13,7 @@ from ..checkpoints import Checkpoint
 from ..denoising.latents import use_vae
 from ..model_cache import ModelCache
 from .compiling import compile_view
+from .cpu_convolutions import fitted_to_cpu
 from .decoders import TinyDecoder, open_tiny_decoder
 from .memory_formats import use_channels_last
 from .plan import SpeedPlan
@@ -62,6 +63,8 @@ def use_denoiser(
         if lent is None:
             lent = stack.enter_context(checkpoint.use(cache, name, dtype))
         applied.precision += str(lent.dtype).removeprefix("torch.")
+        if plan.compile == "off":  # the compiler arranges convolutions by itself
+            lent = fitted_to_cpu(lent)
         view = _with_cache(lent, plan, steps, applied)
         if view is None and plan.compile == "off":
             yield _counted(lent, applied.work)
@@ -83,7 +86,12 @@ class Decoders:
     result: TinyDecoder | None
     looks: TinyDecoder | None
 
-    def use(self, cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan) -> AbstractContextManager[Any]:
+    @contextmanager
+    def use(self, cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan) -> Iterator[Any]:
+        with self._lent(cache, checkpoint, plan) as decoder:
+            yield fitted_to_cpu(decoder)
+
+    def _lent(self, cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan) -> AbstractContextManager[Any]:
         if self.result is not None:
             return self.result.use(cache, precision(plan))
         dtype = decoder_precision(checkpoint, plan)
