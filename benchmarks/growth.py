@@ -1,0 +1,185 @@
+"""How time and memory grow with the number of pictures and with their size: the exponent of cost ~ amount^p.
+
+Pictures: 1 to 16 at once of the small model, whose weights ship with the pack. Sizes: 256 to 1024 pixels a side, in
+pixels, of a Stable Diffusion with random weights and a fraction of its width, which draws them by the same code; on a
+GPU of full width in half precision. Memory is the peak of the run over what was held before, by torch's allocator on a
+GPU; on a CPU, of a process of its own for each amount, by the operating system.
+``python -m benchmarks growth`` prints one JSON line last.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._harness import (
+    ROOT,
+    Result,
+    fitted_exponent,
+    has_gpu,
+    interleaved,
+    last_json,
+    medians,
+    peak_bytes,
+    result,
+    told,
+    wall,
+)
+
+COUNTS = (1, 2, 4, 8, 16)
+SIDES = (256, 384, 512, 768, 1024)
+AIM = 1.0
+SLACK = 0.03  # of a fit through five medians
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks growth", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", nargs=3, metavar=("FOLDER", "COUNT", "SIDE"), help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.memory:
+        folder, count, side = chosen.memory
+        print(json.dumps(_memory_of(Path(folder), int(count), int(side))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), chosen.repeats)), flush=True)
+
+
+def measure(work: Path, repeats: int) -> Result:
+    from pipeline.mini import MODEL_FOLDER
+
+    told("writing a Stable Diffusion of reduced width")
+    sized = _save_narrow(work / "narrow")
+    pictures = _grown(MODEL_FOLDER, [(count, 64) for count in COUNTS], repeats, [float(count) for count in COUNTS])
+    sizes = _grown(sized, [(1, side) for side in SIDES], max(1, repeats // 2), [float(side * side) for side in SIDES])
+    worst = max(grown[kind] for grown in (pictures, sizes) for kind in ("time_exponent", "memory_exponent"))
+    return result(
+        ratio=worst,
+        ours=worst,
+        unit="exponent",
+        aim=f"<= {AIM:g} (linear)",
+        met=worst <= AIM + SLACK,
+        pictures=pictures | {"count": list(COUNTS)},
+        sizes=sizes | {"side": list(SIDES)},
+    )
+
+
+def _grown(folder: Path, jobs: Sequence[tuple[int, int]], repeats: int, amounts: Sequence[float]) -> Result:
+    draw = _drawing(folder)
+    turns: dict[str, Callable[[], float]] = {str(job): lambda job=job: wall(lambda: draw(*job)) for job in jobs}
+    spent = medians(interleaved(turns, repeats))
+    told(f"memory of {folder.name}, each in a process of its own")
+    memory = [_apart(folder, count, side) for count, side in jobs]
+    seconds = [spent[str(job)] for job in jobs]
+    return {
+        "time_exponent": fitted_exponent(amounts, seconds),
+        "memory_exponent": fitted_exponent(amounts, memory),
+        "seconds": seconds,
+        "megabytes": [each / 2**20 for each in memory],
+    }
+
+
+def _drawing(folder: Path) -> Callable[[int, int], Any]:
+    import torch
+
+    from pipeline.checkpoints import open_checkpoint
+    from pipeline.fusion import fuse
+    from pipeline.generation import generate
+    from pipeline.model_cache import ModelCache
+    from pipeline.residency import TorchResidency
+    from pipeline.text_encoder import encode_prompt
+
+    cache = ModelCache(TorchResidency(torch.device("cuda" if has_gpu() else "cpu")), budget_bytes=2**40)
+    checkpoint = open_checkpoint(folder)
+    condition = fuse(cache, checkpoint, encode_prompt(cache, checkpoint, "a red rose"), None)
+
+    def draw(count: int, side: int) -> Any:
+        return generate(
+            cache, checkpoint, condition, seed=1, num_inference_steps=2, width=side, height=side, batch_size=count
+        )
+
+    return draw
+
+
+def _apart(folder: Path, count: int, side: int) -> int:
+    command = [sys.executable, "-m", "benchmarks", "growth", "--memory", str(folder), str(count), str(side)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    return last_json(done.stdout)["bytes"]
+
+
+def _memory_of(folder: Path, count: int, side: int) -> dict[str, int]:
+    """Bytes of the highest peak over the peak after the smallest run, by which all that is loaded once is loaded."""
+    import torch
+
+    draw = _drawing(folder)
+    if has_gpu():
+        draw(1, 64)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        draw(count, side)
+        return {"bytes": peak_bytes() - held}
+    draw(1, 64)
+    held = _resident_bytes()
+    _forget_peak()
+    draw(count, side)
+    return {"bytes": max(1, _peak_resident_bytes() - held)}
+
+
+def _forget_peak() -> None:
+    """Let the kernel count the peak anew (proc(5), clear_refs); without it reading weights would be the peak."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def _peak_resident_bytes() -> int:
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"expected {name} in /proc/self/status, found none")
+
+
+def _save_narrow(folder: Path) -> Path:
+    """Stable Diffusion's layout of blocks with an eighth of its channels; all of them where there is a GPU."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tests.host.stable_diffusion_15 import INDEX, save_tokenizer
+
+    torch.manual_seed(0)
+    narrow = 1 if has_gpu() else 8
+    save_tokenizer(folder / "tokenizer")
+    width = 768 // narrow
+    text = CLIPTextConfig(
+        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12 // narrow,
+        num_attention_heads=12 // min(narrow, 4), bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    unet: dict[str, Any] = {
+        "sample_size": 64, "cross_attention_dim": width, "attention_head_dim": 8,
+        "block_out_channels": tuple(channels // narrow for channels in (320, 640, 1280, 1280)),
+        "norm_num_groups": 32 // narrow,
+    }  # fmt: skip
+    vae: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": tuple(channels // narrow for channels in (128, 256, 512, 512)),
+        "norm_num_groups": 32 // narrow, "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
+    }  # fmt: skip
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+    AutoencoderKL(**vae).save_pretrained(folder / "vae")
+    EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
+        folder / "scheduler"
+    )
+    (folder / "model_index.json").write_text(json.dumps(INDEX), encoding="utf-8")
+    return folder
