@@ -77,8 +77,7 @@ def test_the_loss_of_a_plan_is_told(client: Client):
     prompt["plan"] = {"class_type": "DuetSpeedPlan", "inputs": SPEED_PLAN | {"measure_loss": True}}
     prompt["draw"]["inputs"] |= {"steps": 8, "speed_plan": ["plan", 0]}
     text, found = told(client, prompt)
-    assert found["loss"] == {"psnr": None, "ssim": pytest.approx(1), "equal": True}
-    assert text.splitlines()[-1] == "against the same run without shortcuts: no difference"
+    assert "loss" not in found and "against" not in text  # there is none to measure
 
     prompt["plan"]["inputs"] = SPEED_PLAN | {"measure_loss": True, "step_cache": 0.5}
     text, found = told(client, prompt)
