@@ -6,6 +6,7 @@ from dataclasses import replace
 from ..pipeline.doctor.examination import Report, examine_folder, examine_memory, examine_workflow
 from .choices import check_choice
 from .host import diffusers_folder, diffusers_names, installed_nodes, io, model_cache, model_folders
+from .language_files import language_roots
 from .stages import stage
 
 NO_MODEL = "none"
@@ -66,4 +67,4 @@ class DuetDoctor(io.ComfyNode):
 def _examined(workflow: str, model_folder: str) -> Report:
     if model_folder != NO_MODEL:
         return examine_folder(diffusers_folder(model_folder))
-    return examine_workflow(workflow, model_folders(), installed_nodes())
+    return examine_workflow(workflow, model_folders() | language_roots(), installed_nodes())

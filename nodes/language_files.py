@@ -10,11 +10,11 @@ NO_MODEL = "none (the brief as it is)"
 
 
 def language_names() -> list[str]:
-    return [NO_MODEL, *language_model_names(_roots())]
+    return [NO_MODEL, *language_model_names(language_roots())]
 
 
 def open_named(name: str) -> LanguageModel:
-    return open_language_model(find_language_model(_roots(), name), weights_digests())
+    return open_language_model(find_language_model(language_roots(), name), weights_digests())
 
 
 def fingerprint(name: str | None) -> str | float:
@@ -29,7 +29,7 @@ def fingerprint(name: str | None) -> str | float:
         return str(error)
 
 
-def _roots() -> dict[str, list[Path]]:
+def language_roots() -> dict[str, list[Path]]:
     """models/LLM is where packs that bring a language model look; most of them do not tell the host."""
     folders = model_folders()
     encoders = folders.get("text_encoders", [])

