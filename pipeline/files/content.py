@@ -37,7 +37,7 @@ _PROVENANCE = {
 # Layouts of single files whose tensors are named as in a diffusers folder.
 _NAMED_ALIKE = {"", "as_is", "clip", "diffusers_flux", "diffusers_unet", "qwen_image"}
 _LIBRARIES = ("diffusers", "transformers")  # whose classes have defaults for what a configuration leaves out
-_SMALL = {".jinja", ".json", ".model", ".txt"}
+_SMALL = (".jinja", ".json", ".model", ".txt")
 _MOST_REMEMBERED = 4096
 _LARGEST_MEMORY = 4 * 2**20
 
@@ -63,6 +63,8 @@ class Digests:
         self._watch = watch
         self._path = folder / "weights.json" if folder else None
         self._known: dict[str, tuple[str, int]] = _remembered(self._path)
+        self._places: dict[tuple[object, ...], tuple[str, int]] = {}  # the same, without the time to write places down
+        self._marks: dict[str, tuple[str, int, int]] = {}  # of libraries, which stay as long as the process
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -130,7 +132,9 @@ class Digests:
         self, place: tuple[object, ...], library: str, class_name: str, read: Callable[[], Mapping[str, Any]]
     ) -> str:
         """Of a configuration with the defaults of its class; remembered, because to import the class takes seconds."""
-        place = (*place, *library_marks(*(name for name in _LIBRARIES if name == library)))
+        if library in _LIBRARIES and library not in self._marks:
+            self._marks[library] = library_marks(library)[0]
+        place = (*place, self._marks.get(library))
 
         def digest() -> tuple[str, int]:
             effective = _effective(library, class_name, read())
@@ -139,12 +143,17 @@ class Digests:
         return self._known_or(place, digest)[0]
 
     def _known_or(self, place: tuple[object, ...], read: Callable[[], tuple[str, int]]) -> tuple[str, int]:
+        if (known := self._places.get(place)) is not None:
+            return known
         written = json.dumps(place)
         with self._lock:
             known = self._known.get(written)
         if known is None:
             known = read()
             self._remember(written, known)
+        if len(self._places) >= _MOST_REMEMBERED:
+            self._places.clear()
+        self._places[place] = known
         return known
 
     def _remember(self, place: str, known: tuple[str, int]) -> None:
@@ -165,7 +174,8 @@ class Digests:
 
 def small_files(folder: Path) -> list[Path]:
     """What lies beside weights and decides too: the words of a tokenizer, how a picture is to be shown."""
-    return [path for path in folder.iterdir() if path.suffix in _SMALL and path.is_file()]
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.name.endswith(_SMALL) and entry.is_file()]
 
 
 def _form(form: str) -> str:

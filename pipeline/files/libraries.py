@@ -1,7 +1,8 @@
 """Which versions of its libraries a result came from."""
 
+import os
+import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 
 def library_marks(*names: str) -> list[tuple[str, int, int]]:
@@ -9,9 +10,16 @@ def library_marks(*names: str) -> list[tuple[str, int, int]]:
 
     To ask the installer's records for a version takes a hundred times as long, and to import a library longer still.
     """
-    marks = []
-    for name in names:
-        spec = find_spec(name)
-        status = Path(spec.origin).stat() if spec and spec.origin else None
-        marks.append((name, status.st_size, status.st_mtime_ns) if status else (name, 0, 0))
-    return marks
+    return [(name, *_mark(name)) for name in names]
+
+
+def _mark(name: str) -> tuple[int, int]:
+    for folder in sys.path:  # a tenth of the time that the import system takes, which is asked for all else
+        try:
+            status = os.stat(os.path.join(folder, name, "__init__.py"))
+        except OSError:
+            continue
+        return status.st_size, status.st_mtime_ns
+    spec = find_spec(name)
+    status = os.stat(spec.origin) if spec and spec.origin else None
+    return (status.st_size, status.st_mtime_ns) if status else (0, 0)

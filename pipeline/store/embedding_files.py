@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import stat
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -46,15 +47,25 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> int:
 
 
 def read_embeddings(path: Path) -> Embeddings:
-    """What ``write_embeddings`` wrote, on the CPU. Raises CheckpointError for any other file, in bounded memory."""
-    file = check_weights(path)
-    if file.size > LARGEST_FILE:
-        raise CheckpointError(f"{path}: expected embeddings of at most {LARGEST_FILE:,} bytes, found {file.size:,}")
+    """What ``write_embeddings`` wrote, on the CPU. In bounded memory.
+
+    Raises FileNotFoundError where there is none, and CheckpointError for any other file.
+    """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe or a device could wait, or read, for ever
+            raise CheckpointError(f"expected a file at {path}, found a folder or device")
+        if status.st_size > LARGEST_FILE:
+            raise CheckpointError(
+                f"{path}: expected embeddings of at most {LARGEST_FILE:,} bytes, found {status.st_size:,}"
+            )
         return _from_bytes(path.read_bytes())
+    except (FileNotFoundError, CheckpointError):
+        raise
     except OSError as error:
         raise CheckpointError(f"expected to read {path}, got: {error.strerror or error}") from error
     except (ValueError, TypeError, SafetensorError, RecursionError) as error:
+        check_weights(path)  # which says what else it is, if it is no safetensors file at all
         raise CheckpointError(f"{path}: expected embeddings that Duet saved; {error}") from error
 
 
@@ -94,6 +105,8 @@ def _from_bytes(data: bytes) -> Embeddings:
     end = 8 + int.from_bytes(data[:8], "little")
     if end - 8 > _MOST_NOTES:
         raise ValueError(f"expected a header of at most {_MOST_NOTES:,} bytes, it claims {end - 8:,}")
+    if end > len(data):
+        raise ValueError(f"its header claims {end - 8:,} bytes, the file has {len(data):,}")
     tensors = load(data)  # checks that the header describes the file, before it is read here
     notes = json.loads(json.loads(data[8:end]).get("__metadata__", {}).get("duet", "{}"))
     if not isinstance(notes, dict) or notes.get("format") != FORMAT:

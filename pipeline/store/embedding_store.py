@@ -86,11 +86,13 @@ class EmbeddingStore:
         added. Both ways give the same bits, laid out alike.
         """
         digest = digest_of(self._version, *parts)
+        device = torch.device(device)
         stored = self._get(digest)
         if stored is None:
             stored = moved(make(), torch.device("cpu"))
             self._put(digest, stored)
-        return moved(stored, torch.device(device))  # type: ignore[return-value]  # of the kind that `make` gives
+        # Of the kind that `make` gives, and contiguous on the CPU, as files are.
+        return stored if device.type == "cpu" else moved(stored, device)  # type: ignore[return-value]
 
     def clear(self) -> int:
         """Remove every embedding; gives the bytes freed."""
@@ -101,11 +103,11 @@ class EmbeddingStore:
 
     def _get(self, digest: str) -> Embeddings | None:
         path = self._path(digest)
-        if not path.exists():
-            self.misses += 1
-            return None
         try:
             value = read_embeddings(path)
+        except FileNotFoundError:
+            self.misses += 1
+            return None
         except CheckpointError as error:
             log.warning("removed an entry of the store that is not as it was written: %s", error)
             _removed(path)
@@ -166,8 +168,12 @@ def code_version(pipeline: Path = Path(__file__).parents[1]) -> str:
 
     So an update empties the store only where it may change what is stored. pipeline: this package's folder.
     """
-    sources = {name: hashlib.sha256((pipeline / name).read_bytes()).hexdigest() for name in NUMBERS}
-    return digest_of(FORMAT, sources, library_marks(*_LIBRARIES))
+    sources = hashlib.sha256()
+    for name in NUMBERS:
+        with open(f"{pipeline}/{name}", "rb") as file:
+            text = file.read()
+        sources.update(f"{name} {len(text)};".encode() + text)
+    return digest_of(FORMAT, sources.hexdigest(), library_marks(*_LIBRARIES))
 
 
 def _feed(hasher: Any, value: object) -> None:

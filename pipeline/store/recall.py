@@ -72,4 +72,4 @@ def _checkpoint(model: Checkpoint) -> list[Any]:
     denoiser = _told(read_json(model.components["transformer"].config)) if stands_in else None
     laid_over = [adapter.identity for adapter in model.adapters if any(map(adapter.acts_on, encoders))]
     switches = pipeline_options(model)  # of model_index.json, such as force_zeros_for_empty_prompt
-    return ["checkpoint", model.folder.name, _told(model.family), switches, told, denoiser, laid_over]
+    return ["checkpoint", model.folder.name, repr(model.family), switches, told, denoiser, laid_over]
