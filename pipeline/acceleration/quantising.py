@@ -96,7 +96,8 @@ def _layers(module: nn.Module, multiple: int) -> set[int]:
 def _settings(config: Any) -> dict[str, Any]:
     """What torchao is to leave alone, and to heed, where this version of it has a say in that."""
     reduce = getattr(importlib.import_module("torchao.utils"), "should_reduce_range", None)
-    settings: dict[str, Any] = {"set_inductor_config": False}  # it is the whole process's
+    settings: dict[str, Any] = {"version": 2}  # of the tensors, the only one that newer versions of torchao have
+    settings["set_inductor_config"] = False  # it is the whole process's
     # Else the sum of two products may overflow the 16 bits that older CPUs hold it in. A GPU has no such instructions.
     settings["reduce_range"] = not torch.cuda.is_available() and reduce is not None and reduce(torch.device("cpu"))
     known = {each.name for each in fields(config)}
