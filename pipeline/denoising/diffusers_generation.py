@@ -68,6 +68,9 @@ def draw(
         "callback_steps": 1,
         "negative_prompt": None,  # some have an empty one by default, which the embeddings stand for
     }
+    by_step = inspect.signature(pipeline.scheduler.step).parameters
+    if "eta" in by_step:  # the pipelines would set TCD's to 0, which takes away the noise that it lives by
+        arguments["eta"] = by_step["eta"].default
     if num_inference_steps != 2:
         arguments["intermediate_timesteps"] = None  # of Sana-Sprint, which has one for two steps only
     arguments = {name: value for name, value in arguments.items() if name in accepted}

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as once
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,28 @@ def test_each_picture_of_a_batch_is_that_of_its_own_seed(
     together = drawn(warm, checkpoint, schedule(checkpoint, choice), batch=2)
     alone = drawn(warm, checkpoint, schedule(checkpoint, choice), seed=4)
     assert torch.allclose(together[1:], alone, atol=1e-5) and not torch.allclose(together[:1], alone, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize(("choice", "wanted"), [("tcd", 0.3), ("ddim", 0.0)])
+def test_each_has_the_noise_that_its_paper_gives_it(
+    warm: ModelCache, family: Callable[[str], Checkpoint], name: str, choice: str, wanted: float
+):
+    """By our own sampler and by diffusers' pipelines, whose own default is none for either."""
+    checkpoint = family(name)
+    chosen, found = schedule(checkpoint, choice), []
+    step = chosen.scheduler.step
+
+    @wraps(step)
+    def watched(*arguments: Any, **options: Any) -> Any:
+        bound = signature(step).bind(*arguments, **options)
+        bound.apply_defaults()
+        found.append(bound.arguments["eta"])
+        return step(*arguments, **options)
+
+    chosen.scheduler.step = watched
+    drawn(warm, checkpoint, chosen)
+    assert found == [wanted] * 4
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
