@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from pipeline.acceleration.compiling import repeated_blocks
 from pipeline.acceleration.quantising import build_quantised, check_quantisation, quantised_key, use_quantised
+from pipeline.adapters.ip_adapter import open_ip_adapter, show_picture
 from pipeline.adapters.lora import open_lora
-from pipeline.adapters.private_views import private_view
+from pipeline.adapters.private_views import pictures_shown, private_view
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.model_cache import ModelCache
 from pipeline.residency import TorchResidency, module_bytes
+from pipeline.vision.image_encoders import open_image_encoder
 from tests.pipeline.adapter_files import random_factors, save_peft
 from tests.pipeline.family_folders import save_family
+from tests.pipeline.ip_adapter_files import adapter_tensors, save_adapter, save_encoder
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("int8", "int8 dynamic")
@@ -40,12 +43,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
     return saved
 
 
-def predicted(unet: Any) -> Tensor:
+def predicted(unet: Any, shown: list[Tensor] | None = None) -> Tensor:
     source = torch.Generator().manual_seed(0)
     latents = torch.randn(2, unet.config.in_channels, 8, 8, generator=source)
     words = torch.randn(2, 5, unet.config.cross_attention_dim, generator=source)
     with torch.inference_mode():
-        return unet(latents, 3, words, return_dict=False)[0]
+        added = None if shown is None else {"image_embeds": shown}
+        return unet(latents, 3, words, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def apart(one: Tensor, exact: Tensor) -> float:
@@ -150,6 +154,24 @@ def test_a_lora_lies_on_it_as_on_the_floats(
         assert torch.equal(predicted(view), near)
         assert view is not quantised
         assert torch.equal(predicted(private_view(quantised)), predicted(quantised))
+
+
+def test_a_picture_is_heard_by_it_as_by_the_floats(
+    cache: ModelCache, family: Callable[[str], Checkpoint], tmp_path: Path
+):
+    plain = family("sd15")
+    file = open_ip_adapter(plain, save_adapter(tmp_path / "ip.safetensors", adapter_tensors(plain.build("unet"))))
+    eye = open_image_encoder(save_encoder(tmp_path / "eye"))
+    picture = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    heard = show_picture(cache, plain, file, eye, picture, scale=0.6)
+    with plain.use(cache, "unet") as unet, heard.use(cache, "unet") as by_floats:
+        shown = pictures_shown(heard.adapters, "unet", unet, 2)
+        assert shown is not None
+        exact, before = predicted(by_floats, shown[0]), predicted(unet)
+    with use_quantised(cache, heard, "unet", "int8") as quantised:
+        near = predicted(quantised, shown[0])
+    assert apart(near, exact) < 0.02
+    assert apart(before, exact) > 5 * apart(near, exact)
 
 
 def test_what_cannot_be_is_refused_with_the_reason(cache: ModelCache, shipped: Checkpoint):
