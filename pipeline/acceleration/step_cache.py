@@ -2,9 +2,12 @@
 
 Transformers for which diffusers has a cache of its own take that one: FirstBlockCache, which runs the first block and
 compares. For UNets, the small model's among them, and the other transformers it is done here, in the way of TeaCache
-(arXiv 2411.19108): the relative change of the prediction (its equation 4) is added up over the steps that are passed
-over, and the next one beyond the threshold is computed. TeaCache guesses the change from the input by a polynomial that
-is fitted to each model; here it is the change between the last two computed steps, for the time that has passed.
+(arXiv 2411.19108): an estimate of the error is added up over the steps that are passed over, and the step that would
+carry it beyond the threshold is computed. Two things differ. TeaCache guesses the relative change of the prediction
+(its equation 4) from the input, by a polynomial that is fitted to each model; here it is the change between the last
+two computed steps, for the time that has passed since. And it is weighed by the length of the step, the relative change
+of the input at the last one, since that is how far a wrong prediction leads astray: the sum is how far the latents may
+have drifted, relative to their size.
 """
 
 from dataclasses import dataclass
@@ -28,12 +31,13 @@ _BLOCKS = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers"
 def with_step_cache(denoiser: Any, threshold: float, num_inference_steps: int, work: Work) -> Any:
     """A private view of ``denoiser`` for one run, which takes steps from the ones before where little would change.
 
-    threshold: 0..1, the relative change of the prediction, or of the first block's output, up to which it is not
-    computed again; 0 computes everything. num_inference_steps: of the run, as often as each side of guidance is called;
-    after the last one nothing is held. The first two steps are computed, and the last one where there are more than
-    four. Both sides of guidance are kept apart, whether they come as one doubled batch or in calls of their own; a
-    batch is computed, or not, as one. Raises ValueError for fewer than three steps, of which none could be spared, and
-    for a denoiser that is not told one tensor and a timestep.
+    threshold: 0..1, how far the latents may drift from where they would be, relative to their size, until the next step
+    is computed; for FirstBlockCache, how far its first block's output may change. 0 computes everything.
+    num_inference_steps: of the run, as often as each side of guidance is called; after the last one nothing is held.
+    Here the first two steps are computed, and the last one where there are more than four. Both sides of guidance are
+    kept apart, whether they come as one doubled batch or in calls of their own; a batch is computed, or not, as one.
+    Raises ValueError for fewer than three steps, of which none could be spared, and for a denoiser that is not told one
+    tensor and a timestep.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected a threshold of the step cache of 0 to 1, got {threshold}")
@@ -72,7 +76,7 @@ class _Computed:
 
 @dataclass
 class _Branch:
-    """Of one side of guidance. drift: relative change since ``last``, as far as it can be told without computing."""
+    """Of one side of guidance. sample: of its step before; drift: of the latents since ``last``, as estimated."""
 
     last: _Computed | None = None
     sample: Tensor | None = None
