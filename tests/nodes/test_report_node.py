@@ -7,6 +7,7 @@ import pytest
 
 from tests.nodes.prompts import graph
 from tests.rig.client import Client, Prompt, Run
+from tests.rig.page import ComfyPage
 
 SPEED_PLAN: dict[str, Any] = {
     "preset": "exact",
@@ -144,3 +145,15 @@ def test_both_are_told_at_once_and_the_text_goes_on(client: Client):
 )
 def test_what_cannot_be_told_is_refused(client: Client, prompt: Prompt, said: str):
     assert said in refused(client, prompt)
+
+
+def test_the_text_is_on_the_node(page: ComfyPage):
+    page.page.wait_for_function("() => window.duetReady")
+    prompt = measured(image=colour(51), reference=colour(0))
+    page.page.evaluate("(prompt) => window.app.loadApiJson(prompt, 'report')", prompt)
+    answer = page.run()
+    assert answer["kind"] == "execution_success", answer
+    lines = page.page.evaluate("""() => window.app.graph.nodes.find((node) => node.type === "DuetReport")
+        .widgets.find((widget) => widget.name === "duet_line").element.innerText""")
+    assert "image against reference: PSNR 13.98 dB, SSIM 0.0025" in lines.splitlines()
+    assert page.pack_errors() == []
