@@ -1,5 +1,6 @@
 """The condition becomes a picture, and the picture is finished."""
 
+import time
 from collections.abc import Callable
 
 from PIL.Image import Image
@@ -18,6 +19,7 @@ from .speed import as_line
 from .stages import stage
 from .stock_objects import to_latent
 
+_SHOWN_EVERY_S = 0.1
 FITS = ["crop", "pad", "stretch"]
 
 
@@ -212,14 +214,18 @@ def _report(model: Checkpoint, plan: SpeedPlan) -> OnStep:
     """Progress, preview and interrupt of the host, as ``generate`` calls for them. The last step needs no preview.
 
     The decoder of a large model takes about as long as two steps, so there a preview waits until the host, or the plan
-    by a small decoder, asks for it; the built-in model's costs next to nothing.
+    by a small decoder, asks for it. Of steps that are over before an eye could see them, few are shown.
     """
     bars: dict[int, Callable[[int, Image | None], None]] = {}
-    shows = model.family.tasks is None or plan.preview is not None or plan.decoder is not None or previews_wanted()
+    wanted = model.family.tasks is None or plan.preview is not None or plan.decoder is not None or previews_wanted()
+    shown = time.monotonic()
 
     def on_step(step: int, total: int, preview: Preview) -> None:
+        nonlocal shown
         if total not in bars:  # how many there are is known with the first
             bars[total] = host_steps(total)
-        bars[total](step, to_pil(preview()) if shows and step < total else None)
+        due = wanted and step < total and time.monotonic() - shown > _SHOWN_EVERY_S
+        bars[total](step, to_pil(preview()) if due else None)
+        shown = time.monotonic() if due else shown
 
     return on_step

@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .host import model_folders
+from .host.folders import folders_of
 
 _DEEPEST, _MOST_LISTED, _LONGEST_NAME = 3, 1000, 200
 
@@ -10,7 +10,7 @@ _DEEPEST, _MOST_LISTED, _LONGEST_NAME = 3, 1000, 200
 def model_names(kind: str) -> list[str]:
     """Folders that hold a config.json, and .safetensors files outside of them, three folders deep."""
     names: set[str] = set()
-    for root in model_folders().get(kind, []):
+    for root in folders_of(kind):
         waiting = [(root, 0)]
         while waiting and len(names) < _MOST_LISTED:
             folder, depth = waiting.pop()
@@ -38,7 +38,7 @@ def model_path(kind: str, name: str) -> Path:
         raise ValueError(f"expected a name in models/{kind}, got {shown!r}")
     if PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute() or ".." in PureWindowsPath(name).parts:
         raise ValueError(f"{shown!r} leads out of models/{kind}: expected a name inside")
-    roots = [root.resolve() for root in model_folders().get(kind, [])]
+    roots = [root.resolve() for root in folders_of(kind)]
     for root in roots:
         path = (root / name).resolve()
         if root not in path.parents:

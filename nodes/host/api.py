@@ -28,6 +28,7 @@ def installed_nodes() -> set[str]:
     return set(sys.modules["nodes"].NODE_CLASS_MAPPINGS)  # the host's own module of that name, not ours
 
 
+@functools.cache  # the host asks for every schema several times in each run
 def _known(call: Callable) -> Callable:
     """The same call, less the keyword arguments that this host is too old to know; they only add comfort."""
     parameters = inspect.signature(call).parameters

@@ -46,6 +46,13 @@ def diffusers_folder(name: str) -> Path:
     raise ValueError(f"no model {name!r}: expected {expected}; found {', '.join(diffusers_names()) or 'no models'}")
 
 
+def folders_of(kind: str) -> list[Path]:
+    """Where the host keeps models of one kind; none for a kind that it does not know."""
+    if kind not in folder_paths.folder_names_and_paths:
+        return model_folders().get(kind, [])
+    return [Path(root) for root in folder_paths.folder_names_and_paths[kind][0]]
+
+
 def model_folders() -> dict[str, list[Path]]:
     """Every folder that the host knows by kind, those of pictures too; it knows some by their older names as well."""
     kinds = {kind: [Path(root) for root in roots] for kind, (roots, _) in folder_paths.folder_names_and_paths.items()}
