@@ -1,7 +1,6 @@
 """Direct prompt in the real host: what it writes, what it shows meanwhile, and what bad input gets."""
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.nodes.prompts import graph, pictures_of
-from tests.pipeline.language_models import save_llama, smollm2
+from tests.pipeline.language_models import lend, save_llama, smollm2
 from tests.rig.client import Client, Prompt, PromptRefusedError, Run
 from tests.rig.host import ComfyServer
 
@@ -25,18 +24,9 @@ def models(host: ComfyServer) -> Iterator[Path]:
     folder.mkdir(parents=True)
     save_llama(folder / "says-x", says="x")
     save_llama(folder / "random")
-    _lend(smollm2(), folder / "deeper" / "SmolLM2")
+    lend(smollm2(), folder / "deeper" / "SmolLM2")
     yield folder
     shutil.rmtree(folder)
-
-
-def _lend(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except OSError:  # another file system
-            shutil.copy(file, target / file.name)
 
 
 def directed(**settings: Any) -> Prompt:

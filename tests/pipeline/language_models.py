@@ -48,6 +48,18 @@ def smollm2() -> Path:
     return folder
 
 
+def lend(source: Path, target: Path) -> None:
+    """The files of a folder in another one, without copying them where that can be."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except FileExistsError:
+            continue
+        except OSError:  # another file system
+            shutil.copy(file, target / file.name)
+
+
 def save_llama(folder: Path, *, says: str | None = None, seed: int = 0, template: bool = True, also: str = "") -> Path:
     """A Llama of some ten thousand parameters with random weights. also: further characters that it reads.
 

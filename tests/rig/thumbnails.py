@@ -17,8 +17,11 @@ _SIDE = 400
 
 def make_thumbnails() -> None:
     """Write workflows/<name>.jpg for each workflows/<name>.json."""
+    from tests.pipeline.language_models import SMOLLM2, lend, smollm2  # which imports torch
+
     with ComfyServer(CACHE / "thumbnails") as server, open_browser() as browser:
         client = Client(server.url)
+        lend(smollm2(), server.base / "models" / "LLM" / SMOLLM2)
         for path in sorted((ROOT / "workflows").glob("*.json")):
             page = ComfyPage(browser, client)
             page.load(json.loads(path.read_text(encoding="utf-8")))
