@@ -2,11 +2,11 @@
 
 aba_third_over_warm: a whole run of a model after another one was used, over a run straight after its own; two copies of
 the built-in model with different weights, in memory together, medians of interleaved runs. shared_component_*: two
-checkpoints with the same text encoder and autoencoder; bytes saved, and those that are equal. embed_*: a prompt in
-the store, against reading a text encoder of CLIP-L's size (123 million parameters, random) and encoding; the hit after
-a restart is the first of a new process, opening the store included; the median of five. leak_bytes_after_50: bytes of
-all tensors alive after 50 further runs of models in turn that do not fit together. evictions_over_optimal: bytes that ModelCache loads over the
-fewest possible, the median of nine sessions of 1,000 uses under 48 GB, see cache_sessions.py.
+checkpoints with the same text encoder and autoencoder; bytes saved, and those that are equal. embed_*: a prompt in the
+store, against reading a text encoder of CLIP-L's size (123 million parameters, random) and encoding; the hit after a
+restart is the first of a new process, opening the store included; the median of five. leak_bytes_after_50: bytes of all
+tensors alive after 50 further runs of models in turn that do not fit together. evictions_over_optimal: bytes that
+ModelCache loads over the fewest possible, the median of nine sessions of 1,000 uses under 48 GB, see cache_sessions.py.
 Those that end in _cpu are by the process's own time, which other programs on a busy machine lengthen little.
 ``python -m benchmarks cache`` prints one JSON line last.
 """
