@@ -32,7 +32,7 @@ STAGES = {"direct_prompt", "text_encoder", "image_encoder", "fusion", "generatio
 # Steps before and after the stages, which a stage may call.
 AROUND = {"image_preparation", "finishing"}
 # Packages that the stages call.
-SERVANTS = {"adapters", "denoising", "files", "fusing", "language", "store", "text", "vision"}
+SERVANTS = {"acceleration", "adapters", "denoising", "files", "fusing", "language", "store", "text", "vision"}
 
 
 class Import:
