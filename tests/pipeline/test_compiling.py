@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pipeline.acceleration.compiling import compile_view, repeated_blocks
+from pipeline.acceleration.quantising import use_quantised
 from pipeline.adapters.lora import open_lora
 from pipeline.adapters.private_views import private_view, skeleton
 from pipeline.checkpoints import Checkpoint, open_checkpoint
@@ -189,3 +190,15 @@ def test_without_a_compiler_it_runs_as_it_is_and_says_so_once(family: Callable[.
         line for line in done.stdout.splitlines() if line.startswith("NOTICE not compiled: BasicTransformerBlock")
     ]
     assert (len(warned), len(noticed)) == (1, 2), done.stdout
+
+
+def test_a_denoiser_in_8_bits_is_compiled_too_and_still_moves(cache: ModelCache, family: Callable[..., Checkpoint]):
+    with use_quantised(cache, family("sd15"), "unet", "int8") as unet:
+        assert compiled_as_plain(unet) > 0
+        assert compiled_as_plain(unet) == 0
+        before = predicted(unet)
+        # As Module.to does, which swaps tensors of torchao, while the compiler watches them by weak references.
+        with torch.inference_mode(False):
+            unet._apply(lambda tensor: tensor.clone())
+        assert torch.equal(predicted(unet), before)
+        assert compiled_as_plain(unet) == 0
