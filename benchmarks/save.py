@@ -3,7 +3,8 @@
 The real host runs both nodes by its own executor on one picture, and a node that does nothing as the zero of the
 scale; before each turn all earlier pictures are compressed, so that no turn is slowed by another's. The files must be
 the same, byte for byte, when they are. By itself the conversion and checksums are arithmetic of one core: what bounds
-them is in ``parts``, in milliseconds of that core's own time, which a busy machine does not stretch.
+them is in ``parts``, in milliseconds of that core's own time, which a busy machine does not stretch, and their sum
+without the compression in ``own_milliseconds``.
 
 ``prompts`` are several that draw and save, one after the other: until the last has ended, and until all is compressed.
 ``decode_overlap`` is the time of a decode beside denoising over one after the other, on this CPU, where both want every
@@ -58,6 +59,7 @@ def measure(host: StockHost, side: int, repeats: int) -> Result:
         for name in ("ours", "host")
     }
     ours, stock = (statistics.median(added[name]) for name in ("ours", "host"))
+    found = parts(host, side, repeats)
     return result(
         milliseconds=ours,
         ours=ours,
@@ -67,7 +69,8 @@ def measure(host: StockHost, side: int, repeats: int) -> Result:
         met=ours <= AIM_MS,
         least={name: min(values) for name, values in added.items()},
         rounds=added,
-        parts=parts(host, side, repeats),
+        own_milliseconds=sum(spent for name, spent in found.items() if name != "compress_later"),
+        parts=found,
         prompts=prompts(host, saver, side),
         decode_overlap=decode_overlap(),
         job=f"{side}x{side} RGB, the prompt in the file",
