@@ -1,5 +1,6 @@
 """A diffusers folder or single file -> validated components. Offline; classes from an allow-list; safetensors only."""
 
+import copy
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ class Checkpoint:
     adapters: tuple[Adapter, ...] = ()
     digests: Digests = field(default_factory=Digests, repr=False, compare=False)
     _tokenizers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _schedulers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def has(self, component: str) -> bool:
         return component in self.components
@@ -115,9 +117,11 @@ class Checkpoint:
         return self._tokenizers[component]
 
     def scheduler(self) -> Any:
-        """A fresh one for each run, because a scheduler counts its steps."""
-        part = self._component("scheduler")
-        return _read(part, part.load_class().from_pretrained)
+        """A fresh one for each run, because a scheduler counts its steps; read once, and copied."""
+        if not self._schedulers:
+            part = self._component("scheduler")
+            self._schedulers["scheduler"] = _read(part, part.load_class().from_pretrained)
+        return copy.deepcopy(self._schedulers["scheduler"])
 
     def _component(self, name: str) -> Component:
         if name not in self.components:

@@ -26,7 +26,7 @@ from .denoising.nan_guard import NanGuard
 from .denoising.unet_sampler import denoise
 from .denoising.walks import steps_walked
 from .model_cache import ModelCache
-from .residency import OutOfDeviceMemory, is_out_of_memory
+from .residency import OutOfDeviceMemory, is_out_of_memory, place_of
 
 Preview = Callable[[], Tensor]
 OnStep = Callable[[int, int, Preview], None]
@@ -178,7 +178,7 @@ def _denoised(task: _Task, plan: SpeedPlan, decoders: Decoders, applied: Applied
             latents = denoise(
                 denoiser,
                 scheduler,
-                noise(shape, sources).to(denoiser.device, denoiser.dtype),
+                noise(shape, sources).to(*place_of(denoiser)),
                 on_device(conditioning, denoiser),
                 num_inference_steps=schedule.num_inference_steps,
                 guidance_scale=schedule.guidance_scale,
@@ -215,7 +215,7 @@ def _decoded(
         pixels, alpha, tiled = decode_or_tile(vae, latents)
         if tiled:
             told.append("decoded in tiles, since the whole did not fit into memory")
-        return (pixels, alpha), str(vae.dtype).removeprefix("torch.")
+        return (pixels, alpha), str(place_of(vae)[1]).removeprefix("torch.")
 
 
 def _compared(pictures: Pictures, task: _Task, plan: SpeedPlan) -> Pictures:

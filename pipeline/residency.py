@@ -73,6 +73,15 @@ def _tensor_bytes(tensor: torch.Tensor) -> int:
     return sum(_tensor_bytes(getattr(tensor, name)) for name in flatten()[0]) if flatten else tensor.nbytes
 
 
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a module lies and in which precision, by its first weights.
+
+    diffusers' own ``device`` and ``dtype`` look through all of them at each call, some milliseconds of every picture.
+    """
+    first = next(module.parameters())
+    return first.device, first.dtype
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the machine itself, ran out of memory; not every backend has a class of its own for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -12,6 +12,7 @@ from ..adapters.private_views import private_view
 from ..checkpoints import Checkpoint
 from ..denoising.latents import use_vae
 from ..model_cache import ModelCache
+from ..residency import place_of
 from .compiling import compile_view
 from .cpu_convolutions import fitted_to_cpu
 from .decoders import TinyDecoder, open_tiny_decoder
@@ -62,7 +63,7 @@ def use_denoiser(
             lent = lay("memory_format", plan.memory_format, lambda: stack.enter_context(ordered()))
         if lent is None:
             lent = stack.enter_context(checkpoint.use(cache, name, dtype))
-        applied.precision += str(lent.dtype).removeprefix("torch.")
+        applied.precision += str(place_of(lent)[1]).removeprefix("torch.")
         if plan.compile == "off":  # the compiler arranges convolutions by itself
             lent = fitted_to_cpu(lent)
         view = _with_cache(lent, plan, steps, applied)

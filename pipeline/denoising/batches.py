@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checkpoints import Checkpoint
 from ..conditioning import FusedConditioning
+from ..residency import place_of
 from ..vision.resizing import fit_to
 from .diffusers_generation import Source
 from .frame import Frame
@@ -86,4 +87,4 @@ def _each(side: Tensor, entries: int, times: int) -> Tensor:
 
 def on_device(conditioning: FusedConditioning, denoiser: Any) -> FusedConditioning:
     negative = on_device(conditioning.negative, denoiser) if conditioning.negative is not None else None
-    return replace(conditioning, tokens=conditioning.tokens.to(denoiser.device, denoiser.dtype), negative=negative)
+    return replace(conditioning, tokens=conditioning.tokens.to(*place_of(denoiser)), negative=negative)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoints import Checkpoint
 from ..model_cache import ModelCache
-from ..residency import is_out_of_memory
+from ..residency import is_out_of_memory, place_of
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def decode_latents(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN where it overflows. A fourth channel is alpha, its colour premultiplied. (B, C, 1, h, w) is a film of one frame.
     """
-    decoded = vae.decode(for_decoder(vae, latents.to(vae.device, vae.dtype)), return_dict=False)[0]
+    decoded = vae.decode(for_decoder(vae, latents.to(*place_of(vae))), return_dict=False)[0]
     decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
     decoded = decoded.masked_fill(decoded.isinf(), torch.nan)  # clamped, it would pass for white or black
     values = ((decoded + 1) / 2).clamp(0, 1)
