@@ -4,6 +4,7 @@ The real host runs Duet's graph on the small model, and its own KSampler graph o
 Stable Diffusion 1.5 of full size), both at 64x64 in 4 steps, through its own check and executor, in turns. Previews,
 which are not needed for the picture, count as overhead though they too are time in the decoder. "seed" changes the
 seed alone, as when a picture is drawn anew; "words" changes the prompt too, which runs every block.
+"host_without_a_model" is the same of a graph of an empty picture alone, the least that any graph costs.
 ``python -m benchmarks overhead`` prints one JSON line last.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from ._harness import Result, Stopwatch, interleaved, medians, result, told
 from ._stable_diffusion import Job, our_graph, save_model, stock_graph
-from ._stock_host import Graph, Prompt, StockHost
+from ._stock_host import Graph, Prompt, StockHost, node
 
 BUILT_IN = "duet-mini (built in)"
 AIM_OF_STOCK, AIM_OF_PICTURE = 0.25, 0.02
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(host: StockHost, repeats: int) -> Result:
     small, large = Job(BUILT_IN, SIDE, STEPS), Job("sd15", SIDE, STEPS)
-    graphs = {"ours": host.graph(), "host": host.graph()}
+    graphs = {name: host.graph() for name in ("ours", "host", "no model")}
     numbers = iter(range(1, 10_000))
     clock = Stopwatch()
     inside: dict[str, list[float]] = {}
@@ -62,9 +63,9 @@ def measure(host: StockHost, repeats: int) -> Result:
         return measured
 
     def with_words(prompt: Prompt) -> Prompt:
-        for node in prompt.values():
-            for name in {"prompt", "text"} & set(node["inputs"]):
-                node["inputs"][name] = f"{node['inputs'][name]}, number {next(numbers)}"
+        for entry in prompt.values():
+            for name in {"prompt", "text"} & set(entry["inputs"]):
+                entry["inputs"][name] = f"{entry['inputs'][name]}, number {next(numbers)}"
         return prompt
 
     turns = {
@@ -72,6 +73,7 @@ def measure(host: StockHost, repeats: int) -> Result:
         "host seed": turn("host", "host seed", lambda: stock_graph(large, next(numbers))),
         "ours words": turn("ours", "ours words", lambda: with_words(our_graph(small, next(numbers)))),
         "host words": turn("host", "host words", lambda: with_words(stock_graph(large, next(numbers)))),
+        "no model": turn("no model", "no model", lambda: without_model(next(numbers))),
     }
     told("first runs, which load")
     with contextlib.ExitStack() as stack:
@@ -90,6 +92,7 @@ def measure(host: StockHost, repeats: int) -> Result:
         unit="ms",
         aim=f"<= {AIM_OF_STOCK}, and <= {AIM_OF_PICTURE:.0%} of a picture",
         met=of_stock <= AIM_OF_STOCK and of_picture <= AIM_OF_PICTURE,
+        host_without_a_model=1000 * middle["no model"],
         share_of_picture=of_picture,
         share_of_a_stable_diffusion_picture=of_large,
         with_new_words={
@@ -100,6 +103,14 @@ def measure(host: StockHost, repeats: int) -> Result:
         inside_models_ms={name: 1000 * value for name, value in models_only.items()},
         overhead_ms={name: [1000 * value for value in values] for name, values in spent.items()},
     )
+
+
+def without_model(colour: int) -> Prompt:
+    """What the host itself takes for any graph of one picture, and no block of ours could save."""
+    return {
+        "picture": node("EmptyImage", width=SIDE, height=SIDE, batch_size=1, color=colour),
+        "shown": node("PreviewImage", images=("picture", 0)),
+    }
 
 
 def models(host: StockHost) -> list[tuple[Any, str]]:
