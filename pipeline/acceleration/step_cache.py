@@ -1,15 +1,16 @@
 """Steps that the denoiser does not compute, since what it would say has hardly changed.
 
-Transformers for which diffusers has a cache of its own take that one: FirstBlockCache, which runs the first block and
-compares. For UNets, the small model's among them, and the other transformers it is done here, in the way of TeaCache
-(arXiv 2411.19108): an estimate of the error is added up over the steps that are passed over, and the step that would
-carry it beyond the threshold is computed. Two things differ. TeaCache guesses the relative change of the prediction
-(its equation 4) from the input, by a polynomial that is fitted to each model; here it is the change between the last
-two computed steps, for the time that has passed since. And it is weighed by the length of the step, the relative change
-of the input at the last one, since that is how far a wrong prediction leads astray: the sum is how far the latents may
-have drifted, relative to their size.
+Transformers that diffusers' FirstBlockCache fits take that one, which runs the first block and compares, such as FLUX.1
+and Qwen-Image. For UNets, the small model's among them, and the other transformers it is done here, in the way of
+TeaCache (arXiv 2411.19108): an estimate of the error is added up over the steps that are passed over, and the step that
+would carry it beyond the threshold is computed. Two things differ. TeaCache guesses the relative change of the
+prediction (its equation 4) from the input, by a polynomial that is fitted to each model; here it is the change between
+the last two computed steps, for the time that has passed since. And it is weighed by the length of the step, the
+relative change of the input at the last one, since that is how far a wrong prediction leads astray: the sum is how far
+the latents may have drifted, relative to their size.
 """
 
+import importlib
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -49,7 +50,7 @@ def with_step_cache(denoiser: Any, threshold: float, num_inference_steps: int, w
     check_told(denoiser)
     view = run_view(denoiser)
     blocks = _blocks_of(view)
-    if threshold > 0 and hasattr(view, "enable_cache"):
+    if threshold > 0 and hasattr(view, "enable_cache") and _first_block_cache_fits(blocks):
         return _with_first_block_cache(view, blocks, threshold, num_inference_steps, work)
     hook_on(view, _StepHook(threshold, num_inference_steps, work, len(blocks)), _HOOK)
     return view
@@ -148,18 +149,25 @@ def _blocks_of(denoiser: Any) -> list[nn.Module]:
     return [block for part in lists for block in part]
 
 
+def _first_block_cache_fits(blocks: list[nn.Module]) -> bool:
+    """Whether diffusers knows all blocks, and the first and the last give as many tensors, which it subtracts.
+
+    Those of FLUX.2 do not: diffusers 0.42.1 ends there in a TypeError.
+    """
+    registry: Any = importlib.import_module("diffusers.hooks._helpers").TransformerBlockRegistry
+    try:
+        ends = [registry.get(type(block)).return_encoder_hidden_states_index is None for block in blocks]
+    except ValueError:
+        return False
+    return len(blocks) > 1 and ends[0] == ends[-1]
+
+
 def _with_first_block_cache(
     view: Any, blocks: list[nn.Module], threshold: float, num_inference_steps: int, work: Work
 ) -> Any:
     for block in blocks:  # below the cache's own hooks, so that a block is counted where it runs
         hook_on(block, _BlockHook(work), _COUNT)
-    try:
-        view.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-    except (ValueError, IndexError) as error:
-        raise ValueError(
-            f"expected a transformer whose blocks diffusers' FirstBlockCache knows for a step cache, got "
-            f"{type(view).__name__}: {error}"
-        ) from error
+    view.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     hook_on(view, _FirstBlockHook(num_inference_steps, work, len(blocks)), _HOOK)
     return view
 
