@@ -59,14 +59,27 @@ def compile_view(view: Any, how: str) -> Compilation:
         raise ValueError(f"expected a {type(view).__name__} that runs whole to compile it whole, got one with a cache")
     for module in view.modules():
         _make_steady(module)
-    kinds: dict[type, _Region] = {}
-    for part in parts:
-        kind = kinds.setdefault(type(part), _region(type(part), False, graphs))
-        part._compiled_call_impl = partial(kind, part)
+    kinds = {_lay_on(part, graphs) for part in parts}
     if whole:  # its forward alone, so that hooks on the whole, such as one that counts, are no part of the program
-        kind = kinds.setdefault(type(view), _region(type(view), True, graphs))
+        kind = _region(type(view), True, graphs)
         view.forward = partial(kind, view)
-    return Compilation(max(1, len(parts)), whole, tuple(kinds.values()))
+        kinds.add(kind)
+    return Compilation(max(1, len(parts)), whole, tuple(kinds))
+
+
+def _lay_on(block: Any, graphs: bool) -> "_Region":
+    hooks = getattr(block, "_diffusers_hook", None)
+    if hooks is None or not hooks._fn_refs:
+        kind = _region(type(block), False, graphs)
+        block._compiled_call_impl = partial(kind, block)
+        return kind
+    # Hooks of a step cache took the place of its forward. They count steps, and would be another program at each; so
+    # what the innermost of them calls is compiled, which is the block's own.
+    kind = _region(type(block), True, graphs)
+    innermost = hooks._fn_refs[0]
+    name = "forward" if innermost.original_forward is None else "original_forward"
+    setattr(innermost, name, partial(kind, block))
+    return kind
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:

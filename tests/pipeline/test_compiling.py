@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pipeline.acceleration.compiling import compile_view, repeated_blocks
 from pipeline.acceleration.quantising import use_quantised
+from pipeline.acceleration.step_cache import with_step_cache
+from pipeline.acceleration.work import Work
 from pipeline.adapters.lora import open_lora
 from pipeline.adapters.private_views import private_view, skeleton
 from pipeline.checkpoints import Checkpoint, open_checkpoint
@@ -202,3 +204,35 @@ def test_a_denoiser_in_8_bits_is_compiled_too_and_still_moves(cache: ModelCache,
             unet._apply(lambda tensor: tensor.clone())
         assert torch.equal(predicted(unet), before)
         assert compiled_as_plain(unet) == 0
+
+
+def test_a_step_cache_on_the_blocks_is_no_part_of_what_is_compiled(family: Callable[..., Checkpoint]):
+    transformer: Any = family("flux_schnell").build("transformer")
+    source = torch.Generator().manual_seed(0)
+    places = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], dim=1)
+    told = {
+        "pooled_projections": torch.randn(1, transformer.config.pooled_projection_dim, generator=source),
+        "encoder_hidden_states": torch.randn(1, 5, transformer.config.joint_attention_dim, generator=source),
+        "txt_ids": torch.zeros(5, 3),
+        "img_ids": places,
+    }
+    start = torch.randn(1, 16, transformer.config.in_channels, generator=source)
+
+    def drawn(view: Any) -> tuple[Tensor, list[int]]:
+        """Latents after four steps, and how many programs each took."""
+        latents, took = start, []
+        with torch.inference_mode():
+            for step in range(4):
+                before, time = programs(), torch.tensor([1 - step / 4])
+                latents = latents - view(hidden_states=latents, timestep=time, return_dict=False, **told)[0] / 4
+                took.append(programs() - before)
+        return latents, took
+
+    work = Work()
+    view = with_step_cache(transformer, 0.1, 4, work)
+    assert compile_view(view, "regions").notices() == ()
+    latents, took = drawn(view)
+    assert took[0] > 0
+    assert took[1:] == [0, 0, 0], "each step was compiled for itself"
+    assert torch.allclose(latents, drawn(with_step_cache(transformer, 0.1, 4, Work()))[0], atol=CLOSE)
+    assert work.steps_computed + work.steps_from_cache == 4
