@@ -17,8 +17,14 @@ class RunHook(ModelHook):
 
 
 def run_view(module: Any) -> Any:
-    """A private view; the module itself where it has hooks, since then it is a run's own view already."""
-    return module if hasattr(module, "_diffusers_hook") else private_view(module)
+    """A private view; the module itself where a hook runs in place of its forward, since then it is a view already."""
+    if "forward" in vars(module):
+        return module
+    view = private_view(module)
+    for part in view.modules():
+        # Pipelines leave a registry on a transformer even where there is no hook. It belongs to what is viewed.
+        vars(part).pop("_diffusers_hook", None)
+    return view
 
 
 def hook_on(module: Any, hook: ModelHook, name: str) -> None:
