@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from functools import cache as once
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from torch import Tensor
 from pipeline.acceleration.step_cache import with_step_cache
 from pipeline.acceleration.unet_cache import with_unet_cache
 from pipeline.acceleration.work import Work
-from pipeline.checkpoints import Checkpoint
+from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.denoising.diffusers_generation import draw
 from pipeline.denoising.latents import decode_latents, generators, noise
 from pipeline.denoising.unet_sampler import denoise
 from pipeline.fusion import fuse
 from pipeline.model_cache import ModelCache
 from pipeline.text_encoder import encode_prompt
+from tests.pipeline.family_folders import save_family
 from tests.pipeline.test_unet_cache import Asked, four_levels, together
 
 STEPS = 12
@@ -251,6 +254,27 @@ def test_a_controlnet_is_refused() -> None:
     asked.told["mid_block_additional_residual"] = torch.zeros(1, 16, 1, 1)
     with pytest.raises(ValueError, match="no ControlNet"):
         asked(with_step_cache(exact, 0.1, 20, Work()), 0)
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "flux2_klein", "qwen_image", "sd3"])
+def test_through_the_pipelines_of_diffusers(name: str, tmp_path: Path, cache: ModelCache) -> None:
+    """Those that tell diffusers' cache which side they ask for, those that do not, and those that it does not fit."""
+    checkpoint = open_checkpoint(save_family(name, tmp_path / name))
+    words = fuse(cache, checkpoint, encode_prompt(cache, checkpoint, "a red rose", "a car"), None)
+    found = []
+    for threshold in (None, 0.0, 0.9):
+        work = Work()
+        with checkpoint.use(cache, "transformer") as exact, checkpoint.use(cache, "vae") as vae, torch.inference_mode():
+            view = exact if threshold is None else with_step_cache(exact, threshold, 6, work)
+            options: dict[str, Any] = {"seed": 1, "num_inference_steps": 6, "guidance_scale": 3.0}
+            options |= {"width": 64, "height": 64, "source": None, "on_step": lambda *_: None}
+            found.append(draw(checkpoint, view, vae, words, **options))
+    assert torch.equal(found[0], found[1])
+    with checkpoint.use(cache, "transformer") as exact:
+        assert not any("forward" in vars(part) for part in exact.modules())
+    assert torch.isfinite(found[2]).all()
+    assert not torch.equal(found[0], found[2])
+    assert work.steps_from_cache > 0
 
 
 @pytest.mark.parametrize(("steps", "threshold", "most"), [(4, 0.2, 2.7), (16, 0.1, 5)])
