@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 _MOST_PIXELS = 128  # of a batch's output planes together, up to which gathering them is cheaper
 _FEWEST_WEIGHTS = 2**22  # 16 MB: those below fit a processor's cache, and laying them out costs little
-_FEWEST_DOUBLED = 2**19  # of a doubling's convolution, below which there is nothing to gain
+_FEWEST_DOUBLED = 2**19  # weights of a doubling's convolution, below which there is nothing to gain
+_FEWEST_PIXELS = 1024  # of a plane that is doubled, below which adding up the weights costs what it saves
 
 
 def fitted_to_cpu(module: Any) -> Any:
@@ -94,7 +95,9 @@ def _doubling(kind: Any) -> Any:
     class DoublingUpsample2D(kind):
         def forward(self, hidden_states: Tensor, output_size: Any = None, *others: Any, **options: Any) -> Tensor:
             hooked = self.conv._forward_hooks or self.conv._forward_pre_hooks
-            if output_size is not None or hooked:  # another size, or a LoRA that has to hear the convolution
+            small = hidden_states.shape[0] * hidden_states.shape[-2] * hidden_states.shape[-1] < _FEWEST_PIXELS
+            # Another size, or a LoRA that has to hear the convolution.
+            if small or output_size is not None or hooked:
                 return super().forward(hidden_states, output_size, *others, **options)
             if "_quarters" not in self.__dict__:
                 self.__dict__["_quarters"] = quarters(self.conv.weight)

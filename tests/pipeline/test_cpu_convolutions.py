@@ -38,6 +38,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the convolutions of a tiny model count as large."""
     monkeypatch.setattr(cpu_convolutions, "_FEWEST_WEIGHTS", 256)
     monkeypatch.setattr(cpu_convolutions, "_FEWEST_DOUBLED", 256)
+    monkeypatch.setattr(cpu_convolutions, "_FEWEST_PIXELS", 4)
 
 
 def unet() -> Any:
@@ -61,12 +62,14 @@ def test_a_unet_says_the_same(small_limits: None, batch: int, side: int):
     with torch.inference_mode():
         for _ in range(2):  # the second time with weights that were added up before
             assert_alike(view(*told).sample, plain(*told).sample)
+    assert any("_quarters" in vars(part) for part in view.modules())
     assert not any("_quarters" in vars(part) for part in plain.modules())
     assert {id(each) for each in view.parameters()} == {id(each) for each in plain.parameters()}
 
 
 def test_a_decoder_says_the_same(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu_convolutions, "_FEWEST_DOUBLED", 256)
+    monkeypatch.setattr(cpu_convolutions, "_FEWEST_PIXELS", 4)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 2,
