@@ -12,6 +12,9 @@ _CHECKS = (
     ("ruff format", ["ruff", "format", "--check", "."]),
     ("pyright", ["pyright"]),
 )
+# Each file's tests stay together, and share the servers of their process. More processes would want more memory: the
+# models of full size take 8 GB.
+_SIDE_BY_SIDE = ["--numprocesses=2", "--dist=loadfile"]
 
 
 def run_checks(pytest_arguments: list[str]) -> int:
@@ -28,7 +31,8 @@ def run_checks(pytest_arguments: list[str]) -> int:
     if failed:
         print(f"FAILED: {', '.join(failed)}; the tests run all the same", flush=True)
     print("check: pytest", flush=True)
-    return _module(["pytest", *pytest_arguments], environment) or int(bool(failed))
+    spread = [] if pytest_arguments else _SIDE_BY_SIDE  # whoever asks for some tests wants to see them run
+    return _module(["pytest", *spread, *pytest_arguments], environment) or int(bool(failed))
 
 
 def _module(command: list[str], environment: dict[str, str]) -> int:
