@@ -59,9 +59,8 @@ class DuetDoctor(io.ComfyNode):
         with stage("Doctor", "examination") as done:
             report = _examined(workflow.strip() or json.dumps(cls.hidden.prompt), model_folder)
         report = replace(report, memory=examine_memory(model_cache().stats()))
-        return io.NodeOutput(
-            report.as_text(), ui={"text": [report.as_text()], "duet_doctor": [report.as_json()], **done.ui()}
-        )
+        text = report.as_text()
+        return io.NodeOutput(text, ui={"text": [text], "duet_doctor": [report.as_json()], **done.ui(summary=text)})
 
 
 def _examined(workflow: str, model_folder: str) -> Report:

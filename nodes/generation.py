@@ -143,7 +143,7 @@ class DuetGenerate(io.ComfyNode):
                 mask=None if mask is None or not mask.any() else mask.reshape(-1, *mask.shape[-2:]),
                 strength=denoise,
                 plan=speed_plan or EXACT,
-                on_step=_report(model, speed_plan or EXACT),
+                on_step=report_steps(model, speed_plan or EXACT),
             )
             latent = to_latent(model_cache(), model, pictures.latents)
         image = to_image(over_white(pictures.pixels, pictures.alpha))
@@ -210,7 +210,7 @@ class DuetFinishImage(io.ComfyNode):
         return io.NodeOutput(to_image(finished.pixels), to_mask(finished.alpha), ui=done.ui())
 
 
-def _report(model: Checkpoint, plan: SpeedPlan) -> OnStep:
+def report_steps(model: Checkpoint, plan: SpeedPlan) -> OnStep:
     """Progress, preview and interrupt of the host, as ``generate`` calls for them. The last step needs no preview.
 
     The decoder of a large model takes about as long as two steps, so there a preview waits until the host, or the plan

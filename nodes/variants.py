@@ -8,7 +8,7 @@ from ..pipeline.contact_sheet import contact_sheet
 from ..pipeline.grid import Cell, draw_grid, draw_variants, read_prompts, read_strengths
 from .choices import check_choice
 from .fusion import METHODS
-from .generation import _report
+from .generation import report_steps
 from .host import embedding_store, io, model_cache
 from .images import over_white, to_image, to_mask, to_opaque, to_pixels
 from .speed import as_line
@@ -94,7 +94,7 @@ class DuetVariants(io.ComfyNode):
                 image=None if image is None else to_opaque(image),
                 strength=denoise,
                 plan=plan,
-                on_step=_report(model, plan),
+                on_step=report_steps(model, plan),
             )
         shown = over_white(pictures.pixels, pictures.alpha)
         columns = math.ceil(math.sqrt(count))
@@ -203,7 +203,7 @@ class DuetGrid(io.ComfyNode):
                 method=method,
                 at_once=at_once,
                 store=embedding_store(),
-                on_step=_report(model, plan),
+                on_step=report_steps(model, plan),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 width=width,

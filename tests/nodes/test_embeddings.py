@@ -104,6 +104,7 @@ def examined(client: Client, prompt: Prompt, **inputs: Any) -> dict[str, Any]:
     assert run.succeeded, run.error
     (report,) = run.outputs["doctor"]["duet_doctor"]
     assert run.outputs["doctor"]["text"][0]
+    assert run.outputs["doctor"]["duet_summary"] == run.outputs["doctor"]["text"], "the page shows it on the node"
     return report
 
 
