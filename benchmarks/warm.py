@@ -24,7 +24,7 @@ AIMS = {"cpu": 0.95, "sd15": 0.40, "sdxl": 0.55}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks warm", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", type=int, help="pixels; 256 on a CPU, 512 and 1024 on a GPU unless given")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=1.0, help="above 1 every step is drawn twice, on all sides")
