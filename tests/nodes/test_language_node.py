@@ -71,6 +71,8 @@ def test_its_prompt_makes_a_picture(client: Client, models: Path):
 
 def test_a_small_model_writes_a_scene_and_shows_it_growing(client: Client, models: Path):
     settings = {"language_model": "LLM/deeper/SmolLM2", "mode": "scene", "brief": "castle at night in the rain"}
+    # Other tests of the session may have read the same weights, under whatever name.
+    client.run({"cache": {"class_type": "DuetModelCache", "inputs": {"action": "unload"}}})
     run = client.run(directed(**settings, max_new_tokens=48))
     output = told(run)
     scene = json.loads(output["duet_scene"][0])

@@ -1,5 +1,6 @@
 """Image features, Fuse and Refine with what lies in the host's folders, in the real host."""
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ def clip_vision(host: ComfyServer) -> Iterator[Path]:
     (root / "duet-test" / "out.safetensors").symlink_to(host.base / "elsewhere.safetensors")
     save_file({"a": torch.zeros(1)}, host.base / "elsewhere.safetensors")
     yield root
+    shutil.rmtree(root / "duet-test")
 
 
 def refined(**changes: object) -> Prompt:
