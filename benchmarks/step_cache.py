@@ -35,8 +35,8 @@ SHOWN = 8  # columns of the sheet
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks step_cache", description=__doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=[FEW, HEADLINE, 28], help="of the runs")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each picture of the second half is drawn")
+    parser.add_argument("--steps", type=int, nargs="+", default=[FEW, HEADLINE], help="of the runs")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each picture of the second half is drawn")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--sheet", type=Path, help="where to draw the first pictures, exact and from the cache")
     chosen = parser.parse_args(arguments)

@@ -37,8 +37,8 @@ _CONFIG = Path(pipeline.__file__).parent / "configs/sd15/unet/config.json"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks unet_cache", description=__doc__)
     parser.add_argument("--interval", type=int, default=6, help="of the runs that are timed")
-    parser.add_argument("--rounds", type=int, default=2, help="exact and cached runs of Stable Diffusion 1.5's UNet")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="of the small model")
+    parser.add_argument("--rounds", type=int, default=1, help="exact and cached runs of Stable Diffusion 1.5's UNet")
+    parser.add_argument("--prompts", type=int, default=6, help="of the small model")
     chosen = parser.parse_args(arguments)
     diffusers_logging.set_verbosity_error()
     small = measure_small_model(PROMPTS[: chosen.prompts])
