@@ -6,10 +6,10 @@ from collections.abc import Callable
 from PIL.Image import Image
 
 from ..nodes import sockets
-from ..pipeline.acceleration.plan import EXACT, SpeedPlan
 from ..pipeline.checkpoints import Checkpoint
 from ..pipeline.finishing import finish_picture
 from ..pipeline.generation import OnStep, Preview, generate
+from ..pipeline.speed_plan import EXACT, SpeedPlan
 from .choices import check_choice
 from .host import io, model_cache
 from .host import steps as host_steps

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..nodes import sockets
-from ..pipeline.acceleration.plan import (
+from ..pipeline.conditioning import GenerationReport
+from ..pipeline.speed_plan import (
     COMPILE,
     DTYPES,
     LARGEST_SHIFT,
@@ -17,7 +18,6 @@ from ..pipeline.acceleration.plan import (
     SCHEDULERS,
     SpeedPlan,
 )
-from ..pipeline.conditioning import GenerationReport
 from .choices import check_choice
 from .host import io
 from .model_files import fingerprint, model_names, model_path

@@ -3,9 +3,9 @@
 import math
 
 from ..nodes import sockets
-from ..pipeline.acceleration.plan import EXACT
 from ..pipeline.contact_sheet import contact_sheet
 from ..pipeline.grid import Cell, draw_grid, draw_variants, read_prompts, read_strengths
+from ..pipeline.speed_plan import EXACT
 from .choices import check_choice
 from .fusion import METHODS
 from .generation import report_steps

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .adapters.private_views import Adapter, adapted
 from .families import FAMILIES, Family
 from .files.components import Component, check_model, either, open_component
 from .files.content import Digests
@@ -22,6 +21,7 @@ from .files.single_file import open_single_file
 from .files.single_file_weights import build
 from .files.weights import key_of
 from .model_cache import ModelCache, ModelKey
+from .private_views import Adapter, adapted
 from .residency import is_out_of_memory
 
 __all__ = ["Checkpoint", "CheckpointError", "Component", "open_checkpoint"]

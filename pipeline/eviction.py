@@ -41,6 +41,4 @@ def _rates(held: Mapping[K, int], uses: Sequence[K]) -> list[float]:
     before = next((place for place in range(len(uses) - 2, -1, -1) if uses[place] == uses[-1]), len(uses))
     for place in range(before + 1, len(uses)):
         distance.setdefault(uses[place], place - before)
-    return [
-        _RECENCY / age.get(key, len(uses) + 1) + (1 / distance[key] if key in distance else 0.0) for key in held
-    ]
+    return [_RECENCY / age.get(key, len(uses) + 1) + (1 / distance[key] if key in distance else 0.0) for key in held]

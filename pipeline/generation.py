@@ -10,10 +10,8 @@ from torch import Tensor
 
 from .acceleration.applied import Applied, Decoders, decoder_precision, open_decoders, use_denoiser
 from .acceleration.measuring import psnr, ssim
-from .acceleration.plan import EXACT, SpeedPlan
 from .acceleration.schedules import Schedule, schedule_for
 from .acceleration.work import Work
-from .adapters.private_views import pictures_shown
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, GenerationReport, Pictures
 from .denoising.batches import kept_outside, on_device, source_for, together
@@ -26,7 +24,9 @@ from .denoising.nan_guard import NanGuard
 from .denoising.unet_sampler import denoise
 from .denoising.walks import steps_walked
 from .model_cache import ModelCache
+from .private_views import pictures_shown
 from .residency import OutOfDeviceMemory, is_out_of_memory, place_of
+from .speed_plan import EXACT, SpeedPlan
 
 Preview = Callable[[], Tensor]
 OnStep = Callable[[int, int, Preview], None]

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from ..adapters.private_views import private_view
 from ..checkpoints import Checkpoint
 from ..denoising.latents import use_vae
 from ..model_cache import ModelCache
+from ..private_views import private_view
 from ..residency import place_of
+from ..speed_plan import SpeedPlan
 from .compiling import compile_view
 from .cpu_convolutions import fitted_to_cpu
 from .decoders import TinyDecoder, open_tiny_decoder
 from .memory_formats import use_channels_last
-from .plan import SpeedPlan
 from .quantising import use_quantised
 from .step_cache import with_step_cache
 from .unet_cache import with_unet_cache

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.private_views import adapted
 from ..checkpoints import Checkpoint
 from ..model_cache import ModelCache, ModelKey
+from ..private_views import adapted
 
 
 def use_channels_last(

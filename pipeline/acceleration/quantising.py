@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.private_views import adapted
 from ..checkpoints import Checkpoint
 from ..model_cache import ModelCache, ModelKey
+from ..private_views import adapted
 from .compiling import repeated_blocks
 
 # By the name in a speed plan: torchao's configuration, and its options.

@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 
-from ..adapters.private_views import private_view
+from ..private_views import private_view
 
 
 class RunHook(ModelHook):

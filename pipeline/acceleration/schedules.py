@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints import Checkpoint
+from ..speed_plan import SpeedPlan
 from .distillation import Distilled, distilled, predicts_flow, scheduler_config
-from .plan import SpeedPlan
 
 # diffusers clips what DDIM predicts to -1..1 unless told otherwise, which is right for pixels and never for latents.
 _UNCLIPPED = {"clip_sample": False}

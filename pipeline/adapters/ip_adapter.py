@@ -19,10 +19,10 @@ from ..files.safetensors_files import CheckpointError, check_weights, shown
 from ..files.weights import key_of, read_tensors
 from ..image_preparation import prepare_image
 from ..model_cache import ModelCache
+from ..private_views import private_view, skeleton
 from ..residency import is_out_of_memory
 from ..vision.image_encoders import ImageEncoder, open_image_encoder
 from .lora_files import UNETS
-from .private_views import private_view, skeleton
 
 MOST_SCALE = 3.0
 _UNET, _FLUX = "UNet2DConditionModel", "FluxTransformer2DModel"

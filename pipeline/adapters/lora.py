@@ -20,9 +20,9 @@ from ..files.content import Digests
 from ..files.safetensors_files import CheckpointError, check_weights, read_json
 from ..files.weights import key_of, read_tensors
 from ..model_cache import ModelCache
+from ..private_views import skeleton
 from ..residency import is_out_of_memory
 from .lora_files import Factors, MadeFor, factors_of, made_for, refuse_other_methods, stand_ins
-from .private_views import skeleton
 
 MOST_STRENGTH = 20.0
 _SETTINGS = "lora_adapter_metadata"  # under which diffusers writes ranks and alphas, as JSON, into the file's metadata

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..acceleration.plan import SpeedPlan
 from ..checkpoints import Checkpoint
 from ..conditioning import FusedConditioning
+from ..speed_plan import SpeedPlan
 from .diffusers_generation import Source
 
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 16, 4096, 64

@@ -31,7 +31,7 @@ _LIBRARIES = ("torch", "transformers", "diffusers", "tokenizers", "timm", "effic
 NUMBERS = (
     "adapters/lora.py",
     "adapters/lora_files.py",
-    "adapters/private_views.py",
+    "private_views.py",
     "checkpoints.py",
     "conditioning.py",
     "denoising/diffusers_pipelines.py",

@@ -21,9 +21,9 @@ from pipeline.acceleration.quantising import use_quantised
 from pipeline.acceleration.step_cache import with_step_cache
 from pipeline.acceleration.work import Work
 from pipeline.adapters.lora import open_lora
-from pipeline.adapters.private_views import private_view, skeleton
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.model_cache import ModelCache
+from pipeline.private_views import private_view, skeleton
 from tests.pipeline.adapter_files import random_factors, save_peft
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
 
@@ -165,7 +165,7 @@ import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 from pathlib import Path
 from pipeline.acceleration.compiling import compile_view
-from pipeline.adapters.private_views import private_view
+from pipeline.private_views import private_view
 from pipeline.checkpoints import open_checkpoint
 from tests.pipeline.test_compiling import predicted
 import torch

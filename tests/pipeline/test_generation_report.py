@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.acceleration.plan import BALANCED, SpeedPlan
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
+from pipeline.speed_plan import BALANCED, SpeedPlan
 
 from .family_folders import save_family
 from .test_speed_plan import SIZE, condition, draw

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.acceleration.plan import SpeedPlan
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.conditioning import FusedConditioning
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
+from pipeline.speed_plan import SpeedPlan
 from pipeline.text_encoder import encode_prompt
 
 from .family_folders import save_family

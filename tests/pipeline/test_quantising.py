@@ -19,9 +19,9 @@ from pipeline.acceleration.compiling import repeated_blocks
 from pipeline.acceleration.quantising import build_quantised, check_quantisation, quantised_key, use_quantised
 from pipeline.adapters.ip_adapter import open_ip_adapter, show_picture
 from pipeline.adapters.lora import open_lora
-from pipeline.adapters.private_views import pictures_shown, private_view
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.model_cache import ModelCache
+from pipeline.private_views import pictures_shown, private_view
 from pipeline.residency import TorchResidency, module_bytes
 from pipeline.vision.image_encoders import open_image_encoder
 from tests.pipeline.adapter_files import random_factors, save_peft

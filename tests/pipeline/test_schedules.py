@@ -13,7 +13,6 @@ import diffusers
 import pytest
 import torch
 
-from pipeline.acceleration.plan import SCHEDULERS, SpeedPlan
 from pipeline.acceleration.schedules import Schedule, schedule_for
 from pipeline.adapters.lora import open_lora
 from pipeline.checkpoints import Checkpoint, open_checkpoint
@@ -23,6 +22,7 @@ from pipeline.denoising.latents import channels_of, generators, noise, use_vae
 from pipeline.denoising.unet_sampler import denoise
 from pipeline.fusion import fuse
 from pipeline.model_cache import ModelCache
+from pipeline.speed_plan import SCHEDULERS, SpeedPlan
 from pipeline.text_encoder import encode_prompt
 from tests.pipeline.adapter_files import random_factors, save_peft
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family, unet

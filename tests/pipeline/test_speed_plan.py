@@ -12,12 +12,12 @@ import diffusers
 import pytest
 import torch
 
-from pipeline.acceleration.plan import BALANCED, EXACT, LIGHTNING, PRESETS, SpeedPlan
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.conditioning import FusedConditioning, Pictures
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
+from pipeline.speed_plan import BALANCED, EXACT, LIGHTNING, PRESETS, SpeedPlan
 from pipeline.text_encoder import encode_prompt
 
 from .family_folders import save_family

@@ -16,10 +16,10 @@ from pipeline.acceleration.unet_cache import whole_steps, with_unet_cache
 from pipeline.acceleration.work import Work
 from pipeline.adapters.ip_adapter import open_ip_adapter, show_picture
 from pipeline.adapters.lora import open_lora
-from pipeline.adapters.private_views import pictures_shown
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.mini import MODEL_FOLDER
 from pipeline.model_cache import ModelCache
+from pipeline.private_views import pictures_shown
 from pipeline.vision.image_encoders import open_image_encoder
 from tests.pipeline.adapter_files import random_factors, save_peft
 from tests.pipeline.family_folders import save_family

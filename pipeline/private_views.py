@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..files.components import Component
-from ..files.safetensors_files import read_json
-from ..model_cache import ModelCache
+from .files.components import Component
+from .files.safetensors_files import read_json
+from .model_cache import ModelCache
 
 
 class Adapter(Protocol):
