@@ -31,7 +31,7 @@ GRAPHS = {"ours": our_graph, "host": stock_graph}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cold", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--base", type=Path, help="the host's scratch folder, to keep the models; else a passing one")
     parser.add_argument("--first", choices=GRAPHS, help=argparse.SUPPRESS)  # what a new process is asked for
     parser.add_argument("--profile", action="store_true", help="only say where one start of ours spends its time")
