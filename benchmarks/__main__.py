@@ -19,16 +19,16 @@ from ._harness import Result, as_text, machine, run_apart, table, told, write_pa
 
 # In the order of the table. By themselves they take about the seconds given on two quiet cores.
 SPEED = {
-    "warm": 210,
-    "overhead": 150,
-    "variants": 90,
-    "cold": 240,
-    "unet_cache": 90,
-    "step_cache": 60,
-    "few_steps": 120,
-    "save": 30,
-    "decode": 10,
-    "growth": 90,
+    "warm": 290,
+    "overhead": 120,
+    "variants": 40,
+    "cold": 160,
+    "unet_cache": 210,
+    "step_cache": 130,
+    "few_steps": 85,
+    "save": 60,
+    "decode": 5,
+    "growth": 100,
 }
 WITHIN = 1200
 

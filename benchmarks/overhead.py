@@ -30,7 +30,7 @@ STEPS, SIDE = 4, 64
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks overhead", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--base", type=Path, help="the host's scratch folder, to keep the models; else a passing one")
     parser.add_argument("--profile", type=int, metavar="RUNS", help="only say where so many runs of ours spend theirs")
     chosen = parser.parse_args(arguments)
