@@ -22,7 +22,7 @@ from .mini_quality import Artist, Judge, questions_of
 
 FEW, BETWEEN, MANY = 1, 4, 16
 AIM = 0.9
-COUNT = 200  # two minutes on two cores
+COUNT = 200  # eighty seconds on two cores
 
 
 def measure(folder: Path, work: Path, count: int) -> dict[str, Any]:
