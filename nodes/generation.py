@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from PIL.Image import Image
 
-from ..nodes import sockets
+from ..nodes import inputs, sockets
 from ..pipeline.checkpoints import Checkpoint
 from ..pipeline.finishing import finish_picture
 from ..pipeline.generation import OnStep, Preview, generate
@@ -30,36 +30,17 @@ class DuetGenerate(io.ComfyNode):
             node_id="DuetGenerate",
             display_name="Generate",
             category="Duet",
-            description="Draws pictures from a condition in a few steps, with a preview after each.",
+            description="Draws pictures from a condition in a few steps, with previews on the way.",
             inputs=[
                 sockets.Model.Input("model", tooltip="The model that draws."),
                 sockets.Conditioning.Input("conditioning", tooltip="What to draw, from Fuse."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same picture.",
+                inputs.seed("The same seed gives the same picture."),
+                inputs.steps(),
+                inputs.guidance_scale(
+                    "How hard to hold to the words. 1 is plain and fastest; above 1 the negative prompt "
+                    "counts, and every step takes twice as long."
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=4,
-                    min=1,
-                    max=100,
-                    tooltip="1 to 4 for the built-in model and for turbo models; 20 to 30 for others.",
-                ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=1.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How hard to hold to the words. 1 is plain and fastest; above 1 the negative prompt "
-                    "counts, and every step takes twice as long.",
-                ),
-                io.Int.Input("width", default=512, min=16, max=4096, tooltip="Width of the picture, in pixels."),
-                io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the picture, in pixels."),
+                *inputs.size("the picture"),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to draw at once."),
                 io.Sigmas.Input(
                     "sigmas",
@@ -79,15 +60,9 @@ class DuetGenerate(io.ComfyNode):
                     tooltip="Where the picture is drawn anew: 1 is new, 0 is kept to the pixel. An empty mask "
                     "counts as none.",
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="How much of the picture is replaced: the share of the steps that are taken, at least one. "
-                    "Without a picture it has no effect.",
+                inputs.denoise(
+                    "How much of the picture is replaced: the share of the steps that are taken, at least one. "
+                    "Without a picture it has no effect."
                 ),
                 sockets.SpeedPlan.Input(
                     "speed_plan",

@@ -1,5 +1,6 @@
 """A short brief becomes a full prompt, by a language model of the host's."""
 
+from ..nodes import inputs
 from ..pipeline.direct_prompt import (
     LANGUAGES,
     LEAST_NEW_TOKENS,
@@ -34,12 +35,10 @@ class DuetDirectPrompt(io.ComfyNode):
                     tooltip="A folder (config.json, tokenizer.json, safetensors) or a GGUF file in models/LLM or "
                     "models/text_encoders. None passes the brief on as it is.",
                 ),
-                io.String.Input(
+                inputs.words(
                     "brief",
-                    multiline=True,
-                    dynamic_prompts=True,
+                    "What the picture is about, in a few words, in a language that the model reads.",
                     default="castle at night in the rain",
-                    tooltip="What the picture is about, in a few words, in a language that the model reads.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -60,14 +59,7 @@ class DuetDirectPrompt(io.ComfyNode):
                     tooltip="Begin with the brief, and let the model fill in a scene field by field. Best for models "
                     "below a billion parameters. Otherwise this is the second try, if the first answer is of no use.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same answer.",
-                ),
+                inputs.seed("The same seed gives the same answer."),
                 io.Float.Input(
                     "temperature",
                     default=0.4,

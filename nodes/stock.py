@@ -1,6 +1,6 @@
 """The way between Duet's blocks and the host's own nodes, in both directions."""
 
-from ..nodes import sockets
+from ..nodes import inputs, sockets
 from ..pipeline.fusion import fuse
 from ..pipeline.stock import image_features_from
 from .choices import check_choice
@@ -114,20 +114,11 @@ class DuetEmbedTextByClip(io.ComfyNode):
             inputs=[
                 sockets.Model.Input("model", tooltip="The model that is to hear it. One of another width is refused."),
                 io.Clip.Input("clip", tooltip="The CLIP that reads the prompt, with the host's own rules for weights."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="a beautiful rose",
-                    tooltip="What the picture should show.",
-                ),
-                io.String.Input(
+                inputs.words("prompt", "What the picture should show.", default="a beautiful rose"),
+                inputs.words(
                     "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
+                    "What it should not show. It acts only where Generate's guidance scale is above 1.",
                     optional=True,
-                    tooltip="What it should not show. It acts only where Generate's guidance scale is above 1.",
                 ),
             ],
             outputs=[

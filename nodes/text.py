@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..nodes import sockets
+from ..nodes import inputs, sockets
 from ..pipeline.conditioning import PromptEmbeds
 from ..pipeline.store.recall import recalled
 from ..pipeline.text.text_encoders import encode_text, open_text_encoder
@@ -25,20 +25,15 @@ class DuetEmbedText(io.ComfyNode):
             description="Reads a prompt, in any language that the model knows, and gives its embeddings.",
             inputs=[
                 sockets.Model.Input("model", tooltip="The model whose text encoder reads the prompt."),
-                io.String.Input(
+                inputs.words(
                     "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
+                    "What the picture should show, in one line or many. Empty asks for nothing.",
                     default="a beautiful rose",
-                    tooltip="What the picture should show, in one line or many. Empty asks for nothing.",
                 ),
-                io.String.Input(
+                inputs.words(
                     "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
+                    "What it should not show. It acts only where Generate's guidance scale is above 1.",
                     optional=True,
-                    tooltip="What it should not show. It acts only where Generate's guidance scale is above 1.",
                 ),
             ],
             outputs=[
@@ -69,13 +64,7 @@ class DuetTextEncoder(io.ComfyNode):
                     options=_encoders(),
                     tooltip="In models/text_encoders: a file of CLIP, T5 or Qwen, or a folder that transformers saved.",
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What is read, in one line or many.",
-                ),
+                inputs.words("prompt", "What is read, in one line or many."),
                 io.Int.Input(
                     "layer",
                     default=-1,
@@ -89,13 +78,10 @@ class DuetTextEncoder(io.ComfyNode):
                     default=False,
                     tooltip="Say the prompt as a user says it to a language model, in the words that it was taught.",
                 ),
-                io.String.Input(
+                inputs.words(
                     "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
+                    "Read in the same way, for what the picture should not show. Empty gives none.",
                     optional=True,
-                    tooltip="Read in the same way, for what the picture should not show. Empty gives none.",
                 ),
             ],
             outputs=[

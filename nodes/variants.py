@@ -2,7 +2,7 @@
 
 import math
 
-from ..nodes import sockets
+from ..nodes import inputs, sockets
 from ..pipeline.contact_sheet import contact_sheet
 from ..pipeline.grid import Cell, draw_grid, draw_variants, read_prompts, read_strengths
 from ..pipeline.speed_plan import EXACT
@@ -28,14 +28,9 @@ class DuetVariants(io.ComfyNode):
             inputs=[
                 sockets.Model.Input("model", tooltip="The model that draws."),
                 sockets.Conditioning.Input("conditioning", tooltip="What to draw, from Fuse."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The first seed; the next picture has the next. Each is the picture that Generate gives "
-                    "with that seed.",
+                inputs.seed(
+                    "The first seed; the next picture has the next. Each is the picture that Generate gives "
+                    "with that seed."
                 ),
                 io.Int.Input("count", default=8, min=1, max=MOST_SEEDS, tooltip="How many pictures."),
                 *_how(),
@@ -45,15 +40,7 @@ class DuetVariants(io.ComfyNode):
                     tooltip="A picture to draw from, cut to the size above, for models whose family draws from "
                     "pictures.",
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="How much of the picture is replaced. Without a picture it has no effect.",
-                ),
+                inputs.denoise("How much of the picture is replaced. Without a picture it has no effect."),
                 _plan(),
             ],
             outputs=_outputs(
@@ -123,14 +110,7 @@ class DuetGrid(io.ComfyNode):
                     tooltip="One prompt a line; empty lines are passed over. A prompt is read once, however many "
                     "pictures it makes.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The first seed.",
-                ),
+                inputs.seed("The first seed."),
                 io.Int.Input("seeds", default=2, min=1, max=MOST_SEEDS, tooltip="How many seeds, one after the other."),
                 io.String.Input(
                     "strengths",
@@ -220,23 +200,9 @@ class DuetGrid(io.ComfyNode):
 
 def _how() -> list:
     return [
-        io.Int.Input(
-            "steps",
-            default=4,
-            min=1,
-            max=100,
-            tooltip="1 to 4 for the built-in model and for turbo models; 20 to 30 for others.",
-        ),
-        io.Float.Input(
-            "guidance_scale",
-            default=1.0,
-            min=0.0,
-            max=30.0,
-            step=0.1,
-            tooltip="How hard to hold to the words. 1 is plain and fastest.",
-        ),
-        io.Int.Input("width", default=512, min=16, max=4096, tooltip="Width of each picture, in pixels."),
-        io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of each picture, in pixels."),
+        inputs.steps(),
+        inputs.guidance_scale("How hard to hold to the words. 1 is plain and fastest."),
+        *inputs.size("each picture"),
         io.Int.Input(
             "at_once",
             default=8,

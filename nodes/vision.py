@@ -1,6 +1,6 @@
 """A picture is prepared, and becomes features."""
 
-from ..nodes import sockets
+from ..nodes import inputs, sockets
 from ..pipeline.image_encoder import encode_image
 from ..pipeline.image_preparation import Augmentation, prepare_image
 from ..pipeline.store.recall import recalled
@@ -62,14 +62,7 @@ class DuetPrepareImage(io.ComfyNode):
                     step=0.01,
                     tooltip="The largest random change of scale: 0.2 draws from 0.8 to 1.2. 0 changes nothing.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed varies the same batch in the same way.",
-                ),
+                inputs.seed("The same seed varies the same batch in the same way."),
             ],
             outputs=[
                 io.Image.Output("prepared", display_name="image", tooltip="The prepared pictures, RGB, size x size."),
