@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,9 +99,38 @@ class Checkpoint:
 
         dtype: unless given, float32 on a CPU and the family's own on any other device.
         """
-        on_cpu = cache.residency.device.type == "cpu"
-        dtype = dtype or (torch.float32 if on_cpu else self.family.device_dtype)
+        dtype = self._dtype(cache, dtype)
         module = cache.use(self.key(component, dtype), lambda: self.build(component, dtype))
+        return self._adapted(module, cache, component, dtype)
+
+    def altered_key(self, component: str, how: str, dtype: torch.dtype) -> ModelKey:
+        """Of the same weights held in another way: equal for equal weights and equal ways."""
+        key = self.key(component, dtype)
+        content = hashlib.sha256(f"{key.content} {how}".encode()).hexdigest()
+        return replace(key, component=f"{component} in {how}", content=content)
+
+    def use_altered(
+        self,
+        cache: ModelCache,
+        component: str,
+        how: str,
+        build: Callable[[torch.dtype], nn.Module],
+        dtype: torch.dtype | None = None,
+    ) -> AbstractContextManager[Any]:
+        """As ``use``, of the weights held in another way, which is an entry of its own in the cache.
+
+        how: names the way; build: makes it on the CPU, in the dtype that it is told.
+        """
+        dtype = self._dtype(cache, dtype)
+        module = cache.use(self.altered_key(component, how, dtype), lambda: build(dtype))
+        return self._adapted(module, cache, component, dtype)
+
+    def _dtype(self, cache: ModelCache, dtype: torch.dtype | None) -> torch.dtype:
+        return dtype or (torch.float32 if cache.residency.device.type == "cpu" else self.family.device_dtype)
+
+    def _adapted(
+        self, module: AbstractContextManager[Any], cache: ModelCache, component: str, dtype: torch.dtype
+    ) -> AbstractContextManager[Any]:
         acting = [adapter for adapter in self.adapters if adapter.acts_on(component)]
         return adapted(module, cache, acting, component, dtype) if acting else module
 

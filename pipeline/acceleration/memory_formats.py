@@ -4,17 +4,15 @@ The order in memory is what cuDNN's and oneDNN's fast kernels for half precision
 same but for the order of its sums.
 """
 
-import hashlib
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoints import Checkpoint
-from ..model_cache import ModelCache, ModelKey
-from ..private_views import adapted
+from ..model_cache import ModelCache
 
 
 def use_channels_last(
@@ -30,17 +28,7 @@ def use_channels_last(
             f"expected a UNet for the memory format channels_last, got the transformer of {checkpoint.folder.name}, "
             "which has no convolutions that would gain"
         )
-    on_cpu = cache.residency.device.type == "cpu"
-    dtype = dtype or (torch.float32 if on_cpu else checkpoint.family.device_dtype)
-    module = cache.use(_key(checkpoint, component, dtype), lambda: _build(checkpoint, component, dtype))
-    acting = [adapter for adapter in checkpoint.adapters if adapter.acts_on(component)]
-    return adapted(module, cache, acting, component, dtype) if acting else module
-
-
-def _key(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> ModelKey:
-    key = checkpoint.key(component, dtype)
-    content = hashlib.sha256(f"{key.content} channels_last".encode()).hexdigest()
-    return replace(key, component=f"{component} in channels_last", content=content)
+    return checkpoint.use_altered(cache, component, "channels_last", partial(_build, checkpoint, component), dtype)
 
 
 def _build(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> nn.Module:

@@ -1,17 +1,16 @@
 """Denoisers whose linear layers hold their weights in 8 bits, by torchao: models of their own in the cache."""
 
-import hashlib
 import importlib
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoints import Checkpoint
-from ..model_cache import ModelCache, ModelKey
-from ..private_views import adapted
+from ..model_cache import ModelCache
 from .compiling import repeated_blocks
 
 # By the name in a speed plan: torchao's configuration, and its options.
@@ -35,20 +34,9 @@ def use_quantised(
     8.9. Convolutions and all else stay in ``dtype``: float32 on a CPU unless given, else the family's own. Raises
     ValueError where the device or the denoiser does not fit, or torchao is not installed.
     """
-    device = cache.residency.device
-    dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint.family.device_dtype)
-    check_quantisation(how, device)
-    key = quantised_key(checkpoint, component, how, dtype)
-    module = cache.use(key, lambda: build_quantised(checkpoint, component, how, dtype))
-    acting = [adapter for adapter in checkpoint.adapters if adapter.acts_on(component)]
-    return adapted(module, cache, acting, component, dtype) if acting else module
-
-
-def quantised_key(checkpoint: Checkpoint, component: str, how: str, dtype: torch.dtype) -> ModelKey:
-    """Equal for equal weights quantised in the same way; a file that is replaced gives another."""
-    key = checkpoint.key(component, dtype)
-    content = hashlib.sha256(f"{key.content} {how}".encode()).hexdigest()
-    return replace(key, component=f"{component} in {how}", content=content)
+    check_quantisation(how, cache.residency.device)
+    build = partial(build_quantised, checkpoint, component, how)
+    return checkpoint.use_altered(cache, component, how, build, dtype)
 
 
 def check_quantisation(how: str, device: torch.device) -> None:

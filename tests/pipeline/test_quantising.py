@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.acceleration.compiling import repeated_blocks
-from pipeline.acceleration.quantising import build_quantised, check_quantisation, quantised_key, use_quantised
+from pipeline.acceleration.quantising import build_quantised, check_quantisation, use_quantised
 from pipeline.adapters.ip_adapter import open_ip_adapter, show_picture
 from pipeline.adapters.lora import open_lora
 from pipeline.checkpoints import Checkpoint, open_checkpoint
@@ -94,7 +94,7 @@ def test_its_bytes_are_those_of_its_parts(
 
 
 def test_it_is_an_entry_of_its_own_and_keeps_no_floats(cache: ModelCache, shipped: Checkpoint):
-    keys = [shipped.key("unet"), *(quantised_key(shipped, "unet", how, torch.float32) for how in WAYS)]
+    keys = [shipped.key("unet"), *(shipped.altered_key("unet", how, torch.float32) for how in WAYS)]
     assert len(set(keys)) == 3
     assert not any(one.replaces(other) for one in keys for other in keys)
     with use_quantised(cache, shipped, "unet", "int8") as quantised:
