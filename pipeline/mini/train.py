@@ -37,7 +37,7 @@ from .words import (
     train_text_encoder,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" where it is run
 
 # Steps are for two cores; with more time, longer plans go on getting better (fusion above all).
 PLANS = {
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="the folder to write at the end")
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
     work: Path = chosen.work
@@ -205,6 +205,15 @@ def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target:
         **{k: list(v) for k, v in COMPONENTS.items()},
     }
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _tell() -> None:
+    """What this package logs goes to stderr, with the time; what libraries log does not."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    ours = logging.getLogger(__package__)
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
 
 
 def _forget_origin(config: Path) -> None:
