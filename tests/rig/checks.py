@@ -12,8 +12,7 @@ _CHECKS = (
     ("ruff format", ["ruff", "format", "--check", "."]),
     ("pyright", ["pyright"]),
 )
-# Each file's tests stay together, and share the servers of their process. More processes would want more memory: the
-# models of full size take 8 GB.
+# Each file's tests stay together, and share the servers of their process. More processes would want more memory.
 _SIDE_BY_SIDE = ["--numprocesses=2", "--dist=loadfile"]
 
 
