@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..pipeline.model_cache import CacheStats
+from ..pipeline.residency import megabytes
 
 
 def cache_as_json(stats: CacheStats) -> dict[str, Any]:
@@ -30,16 +31,12 @@ def cache_as_text(stats: CacheStats) -> str:
     """One line in all, then one line for each model, the most recently used last."""
     count = len(stats.entries)
     head = (
-        f"{count} {'model' if count == 1 else 'models'}, {_megabytes(stats.bytes_held)} held; "
+        f"{count} {'model' if count == 1 else 'models'}, {megabytes(stats.bytes_held)} held; "
         f"{stats.hits} hits, {stats.misses} misses, {stats.evictions} evictions"
     )
     rows = [
         f"{entry.key.component} of {'/'.join(entry.key.path.parts[-4:-1])}: "
-        f"{_megabytes(entry.bytes)}, {entry.hits} hits, {'on the device' if entry.on_device else 'in memory'}"
+        f"{megabytes(entry.bytes)}, {entry.hits} hits, {'on the device' if entry.on_device else 'in memory'}"
         for entry in stats.entries
     ]
     return "\n".join([head, *rows])
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MB"

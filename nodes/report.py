@@ -8,6 +8,7 @@ from torch import Tensor
 from ..nodes import sockets
 from ..pipeline.acceleration.measuring import Likeness, psnr, ssim
 from ..pipeline.conditioning import GenerationReport
+from ..pipeline.residency import megabytes
 from .host import io
 from .images import to_opaque
 from .stages import stage
@@ -90,10 +91,6 @@ def measured_lines(ratios: Likeness, likenesses: Likeness) -> list[str]:
         pairs = enumerate(zip(ratios.each, likenesses.each, strict=True), 1)
         lines += [f"  picture {number}: {_apart(*pair)}" for number, pair in pairs]
     return lines
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MB"
 
 
 def _measured(image: Tensor | None, reference: Tensor | None) -> Measured:

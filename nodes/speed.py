@@ -8,6 +8,7 @@ from typing import Any
 
 from ..nodes import sockets
 from ..pipeline.conditioning import GenerationReport
+from ..pipeline.residency import megabytes
 from ..pipeline.speed_plan import (
     COMPILE,
     DTYPES,
@@ -184,20 +185,16 @@ def as_line(report: GenerationReport) -> str:
     said = [report.plan, f"{report.steps_computed} of {steps} steps computed in full"]
     said += report.shortcuts
     said.append(f"{report.dtype} on {report.device}")
-    said.append(f"models {_megabytes(report.model_bytes)}, {report.cache_hits} at hand, {report.cache_misses} read")
+    said.append(f"models {megabytes(report.model_bytes)}, {report.cache_hits} at hand, {report.cache_misses} read")
     if report.peak_bytes is not None:
         grown = "" if report.device.startswith("cuda") else "grew by "
-        said.append(f"peak {grown}{_megabytes(report.peak_bytes)}")
+        said.append(f"peak {grown}{megabytes(report.peak_bytes)}")
     if report.retries:
         said.append(f"{' and '.join(report.retries)} done again in float32")
     if report.psnr is not None and report.ssim is not None:
         ratio = "no difference" if math.isinf(report.psnr) else f"{report.psnr:.1f} dB"
         said.append(f"loss: {ratio}, SSIM {report.ssim:.3f}")
     return " · ".join(said)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MB"
 
 
 def _choice(name: str, known: Sequence[str], tooltip: str) -> Any:
