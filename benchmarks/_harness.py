@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -164,15 +163,6 @@ def _replaced(places: Sequence[tuple[Any, str]], change: Callable[..., Any]) -> 
     finally:
         for owner, name, call in before:
             setattr(owner, name, call)
-
-
-def peak_bytes() -> int:
-    """The most that this process has ever held, on the GPU where there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def has_gpu() -> bool:

@@ -30,9 +30,8 @@ def save_model(folder: Path, model: str, steps: int) -> Path:
     """
     from tests.host.stable_diffusion_15 import save_scheduler, save_stable_diffusion_15
 
-    if folder.exists():  # kept from an earlier run
-        return folder
-    {"sd15": save_stable_diffusion_15, "sdxl": _save_stable_diffusion_xl}[model](folder)
+    if not folder.exists():  # else kept from an earlier run
+        {"sd15": save_stable_diffusion_15, "sdxl": _save_stable_diffusion_xl}[model](folder)
     save_scheduler(folder, timestep_spacing="leading", steps_offset=999 - (steps - 1) * (1000 // steps))
     return folder
 

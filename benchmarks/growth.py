@@ -24,7 +24,6 @@ from ._harness import (
     interleaved,
     last_json,
     medians,
-    peak_bytes,
     result,
     told,
     wall,
@@ -112,41 +111,16 @@ def _apart(folder: Path, count: int, side: int) -> int:
 
 
 def _memory_of(folder: Path, count: int, side: int) -> dict[str, int]:
-    """Bytes of the highest peak over the peak after the smallest run, by which all that is loaded once is loaded."""
+    """The most that a run held beyond what was held before it, once the smallest run has loaded all that is loaded."""
     import torch
 
     draw = _drawing(folder)
-    if has_gpu():
-        draw(1, 64)
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        draw(count, side)
-        return {"bytes": peak_bytes() - held}
     draw(1, 64)
-    held = _resident_bytes()
-    _forget_peak()
-    draw(count, side)
-    return {"bytes": max(1, _peak_resident_bytes() - held)}
-
-
-def _forget_peak() -> None:
-    """Let the kernel count the peak anew (proc(5), clear_refs); without it reading weights would be the peak."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _resident_bytes() -> int:
-    return _status("VmRSS")
-
-
-def _peak_resident_bytes() -> int:
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"expected {name} in /proc/self/status, found none")
+    held = torch.cuda.memory_allocated() if has_gpu() else 0  # on a CPU the report counts from the run's start
+    peak = draw(count, side).report.peak_bytes
+    if peak is None:
+        raise RuntimeError("expected a system that tells a process's largest size, as Linux does")
+    return {"bytes": max(1, peak - held)}
 
 
 def _save_narrow(folder: Path) -> Path:
