@@ -10,6 +10,8 @@ import torch
 from ..model_cache import ModelCache, ModelKey
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_BEGUN_WITHIN = 2**24
+"""Bytes by which a maximum begun anew may lie above what is resident: other threads go on meanwhile."""
 
 
 class Meter:
@@ -61,7 +63,9 @@ def _memory_before(device: torch.device) -> int | None:
         _RESET.write_text("5", encoding="ascii")
     except OSError:
         return None
-    return _resident("VmRSS")
+    before, peak = _resident("VmRSS"), _resident("VmHWM")
+    # A kernel that took the word and kept the old maximum would have us report the largest run there ever was.
+    return None if before is None or peak is None or peak - before > _BEGUN_WITHIN else before
 
 
 def _resident(name: str) -> int | None:
