@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.generation import generate
