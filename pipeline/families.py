@@ -19,9 +19,10 @@ class Tasks:
 class Family:
     """native_size, size_multiple, image_size: pixels; downscale: pixels a side of one latent.
 
-    components: what a folder must hold; fixed_size: makes native_size only, whatever is asked for; pads_to_window:
-    CLIP, trained on prompts padded to the tokenizer's window, so that the padding is part of the prompt, and hearing
-    weighted phrases; clip_layer: which of its hidden states is heard, 0 being the last one, normalised.
+    components: what a folder must hold; fixed_size: makes native_size only, whatever is asked for; panoramas: or twice
+    as wide, where that is asked for; pads_to_window: CLIP, trained on prompts padded to the tokenizer's window, so that
+    the padding is part of the prompt, and hearing weighted phrases; clip_layer: which of its hidden states is heard, 0
+    being the last one, normalised.
     start_noise: how much noise covers a condition that is itself a first picture; device_dtype, vae_dtype: of weights
     on a GPU, the second where the decoder overflows in the first.
 
@@ -48,6 +49,7 @@ class Family:
     default_guidance: float
     components: tuple[str, ...]
     fixed_size: bool = False
+    panoramas: bool = False
     pads_to_window: bool = False
     clip_layer: int = 0
     image_size: int = 0

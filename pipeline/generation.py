@@ -186,6 +186,7 @@ def _denoised(task: _Task, plan: SpeedPlan, decoders: Decoders, applied: Applied
                 generators=sources,
                 sigmas=task.sigmas,
                 image_embeds=shown,
+                closes=frame.closes,
                 on_step=lambda step, total, now: look(step, total, lambda: now),
             )
         else:
@@ -212,7 +213,7 @@ def _decoded(
 ) -> tuple[tuple[Tensor, ...], str]:
     """Pixels and alpha on the CPU, and the precision of the decoder that gave them."""
     with decoders.use(task.cache, task.checkpoint, plan) as vae, torch.inference_mode():
-        pixels, alpha, tiled = decode_or_tile(vae, latents)
+        pixels, alpha, tiled = decode_or_tile(vae, latents, task.frame.closes)
         if tiled:
             told.append("decoded in tiles, since the whole did not fit into memory")
         return (pixels, alpha), str(place_of(vae)[1]).removeprefix("torch.")

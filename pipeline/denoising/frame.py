@@ -13,7 +13,8 @@ from ..vision.resizing import fit_to
 class Frame:
     """What is denoised, and what comes out, in pixels: the two differ where a model cannot make what is asked for.
 
-    fit: how the one becomes the other; notices: what a user is told of it.
+    fit: how the one becomes the other; closes: a panorama, whose last column meets its first; notices: what a user is
+    told of it.
     """
 
     width: int
@@ -22,6 +23,7 @@ class Frame:
     out_height: int
     fit: str
     notices: tuple[str, ...]
+    closes: bool = False
 
 
 def frame_for(family: Family, width: int, height: int, *, from_picture: bool) -> Frame:
@@ -29,6 +31,9 @@ def frame_for(family: Family, width: int, height: int, *, from_picture: bool) ->
     asked = (width, height)
     if family.fixed_size:
         side = family.native_size
+        if family.panoramas and width == 2 * height:
+            told = f"made at {2 * side}x{side}, a panorama that closes, and resized to {width}x{height}"
+            return Frame(2 * side, side, width, height, "stretch", () if height == side else (told,), closes=True)
         told = f"made at {side}x{side}, the model's one size, and resized to {width}x{height}"
         return Frame(side, side, width, height, "pad", () if asked == (side, side) else (told,))
     step = family.size_multiple

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoints import Checkpoint
 from ..model_cache import ModelCache
 from ..residency import is_out_of_memory, place_of
+from .panorama import continued, cut
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,15 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     return for_denoiser(vae, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode())
 
 
-def decode_latents(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+def decode_latents(vae: Any, latents: Tensor, closes: bool = False) -> tuple[Tensor, Tensor]:
     """Latents, scaled as the denoiser has them -> RGB (B, 3, H, W) and alpha (B, 1, H, W) in 0..1.
 
-    NaN where it overflows. A fourth channel is alpha, its colour premultiplied. (B, C, 1, h, w) is a film of one frame.
+    closes: a panorama, which is decoded continued at both ends. NaN where it overflows. A fourth channel is alpha, its
+    colour premultiplied. (B, C, 1, h, w) is a film of one frame.
     """
-    decoded = vae.decode(for_decoder(vae, latents.to(*place_of(vae))), return_dict=False)[0]
+    seen = continued(latents) if closes else latents
+    decoded = vae.decode(for_decoder(vae, seen.to(*place_of(vae))), return_dict=False)[0]
+    decoded = cut(decoded, decoded.shape[-1] // seen.shape[-1]) if closes else decoded
     decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
     decoded = decoded.masked_fill(decoded.isinf(), torch.nan)  # clamped, it would pass for white or black
     values = ((decoded + 1) / 2).clamp(0, 1)
@@ -64,13 +68,13 @@ def decode_latents(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     return (values[:, :3] / alpha.clamp(min=1 / 255)).clamp(0, 1), alpha
 
 
-def decode_or_tile(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor, bool]:
+def decode_or_tile(vae: Any, latents: Tensor, closes: bool = False) -> tuple[Tensor, Tensor, bool]:
     """``decode_latents`` to the CPU in float32; where memory runs out, once more in tiles and picture by picture.
 
     The last value says whether it was tiled.
     """
     try:
-        pixels, alpha = decode_latents(vae, latents)
+        pixels, alpha = decode_latents(vae, latents, closes)
         return pixels.float().cpu(), alpha.float().cpu(), False
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or vae.use_tiling:
@@ -79,7 +83,7 @@ def decode_or_tile(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor, bool]:
     # Out here, where the frames of the failed attempt are gone, and with them what it had decoded.
     vae.enable_tiling()
     try:
-        parts = [tuple(side.float().cpu() for side in decode_latents(vae, one)) for one in latents.split(1)]
+        parts = [tuple(side.float().cpu() for side in decode_latents(vae, one, closes)) for one in latents.split(1)]
     finally:
         vae.use_tiling = False
     return torch.cat([pixels for pixels, _ in parts]), torch.cat([alpha for _, alpha in parts]), True

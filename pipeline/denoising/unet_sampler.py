@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning import FusedConditioning
+from .panorama import continued, cut
 
 Shown = tuple[list[Tensor], list[Tensor]]
 
@@ -27,6 +28,7 @@ def denoise(
     generators: list[torch.Generator],
     sigmas: Sequence[float] | None = None,
     image_embeds: Shown | None = None,
+    closes: bool = False,
     on_step: Callable[[int, int, Tensor], None],
 ) -> Tensor:
     """Noise (B, C, h, w) -> latents, for a condition of B entries on the same device.
@@ -35,10 +37,11 @@ def denoise(
     mean in its channels; without one, it starts at noise alone. guidance_scale above 1 steers away from the negative
     (arXiv 2207.12598). generators: for schedulers that add noise of their own. sigmas: in place of the scheduler's own
     steps, for Euler's method, from the first to the last. image_embeds: of pictures that an IP-Adapter shows, and in
-    place of them.
+    place of them. closes: a panorama, which the denoiser sees continued at both ends.
     """
     negative = conditioning.negative
-    grid = _on_grid(conditioning)
+    columns = noise.shape[-1]
+    grid = _on_grid(conditioning, columns)
     if grid is not None:
         # Straight steps from sigma 1 down to 1/steps; the scheduler adds the final 0.
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
@@ -54,13 +57,21 @@ def denoise(
     options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for number, timestep in enumerate(scheduler.timesteps):
         seen = latents if grid is not None else scheduler.scale_model_input(latents, timestep)
-        predicted = _predict(unet, seen, timestep, conditioning.tokens, grid, shown)
+        predicted = _predict(unet, seen, timestep, conditioning.tokens, grid, shown, closes)
         if guidance_scale > 1 and negative is not None:
-            away = _predict(unet, seen, timestep, negative.tokens, _on_grid(negative), hidden)
+            away = _predict(unet, seen, timestep, negative.tokens, _on_grid(negative, columns), hidden, closes)
             predicted = away + guidance_scale * (predicted - away)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **options)[0]
         on_step(number + 1, len(scheduler.timesteps), latents)
     return latents
+
+
+def stretched(grid: Tensor, columns: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h, columns): a mean picture of half a panorama's width has each column twice."""
+    times, rest = divmod(columns, grid.shape[-1])
+    if rest or not times:
+        raise ValueError(f"expected whole times {grid.shape[-1]} columns, got {columns}")
+    return grid.repeat_interleave(times, dim=-1)
 
 
 def _along(sigmas: Sequence[float], scheduler: Any, device: torch.device) -> tuple[Any, float]:
@@ -81,14 +92,22 @@ def _along(sigmas: Sequence[float], scheduler: Any, device: torch.device) -> tup
 
 
 def _predict(
-    unet: Any, latents: Tensor, timestep: Tensor, tokens: Tensor, grid: Tensor | None, shown: list[Tensor] | None
+    unet: Any,
+    latents: Tensor,
+    timestep: Tensor,
+    tokens: Tensor,
+    grid: Tensor | None,
+    shown: list[Tensor] | None,
+    closes: bool,
 ) -> Tensor:
     seen = latents if grid is None else torch.cat([latents, grid], dim=1)
+    seen = continued(seen) if closes else seen
     added = None if shown is None else {"image_embeds": shown}
-    return unet(seen, timestep, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[0]
+    predicted = unet(seen, timestep, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[0]
+    return cut(predicted) if closes else predicted
 
 
-def _on_grid(conditioning: FusedConditioning) -> Tensor | None:
+def _on_grid(conditioning: FusedConditioning, columns: int) -> Tensor | None:
     if conditioning.grid is None:
         return None
-    return conditioning.tokens.transpose(1, 2).unflatten(2, conditioning.grid)
+    return stretched(conditioning.tokens.transpose(1, 2).unflatten(2, conditioning.grid), columns)
