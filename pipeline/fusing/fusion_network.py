@@ -23,6 +23,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         num_blocks: int = 2,
         grid: int = 8,
         channels: int = 16,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(text_width)
@@ -30,7 +31,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.null_text = nn.Parameter(torch.zeros(text_width))
         self.null_image = nn.Parameter(torch.zeros(image_width))
         self.entry = nn.Linear(text_width + image_width, width)
-        self.blocks = nn.ModuleList(_Block(width, hidden) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList((_GatedBlock if gated else _Block)(width, hidden) for _ in range(num_blocks))
         self.exit_norm = nn.LayerNorm(width)
         self.exit = nn.Linear(width, grid * grid * channels)
         self._shape = (grid * grid, channels)
@@ -60,3 +61,15 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.narrow(nn.functional.gelu(self.widen(self.norm(x))))
+
+
+class _GatedBlock(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 2 * hidden)
+        self.narrow = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.widen(self.norm(x)).chunk(2, dim=-1)
+        return self.narrow(nn.functional.silu(gate) * value)

@@ -1,4 +1,4 @@
-"""The small model's autoencoder: RGBA 64x64 <-> 16 channels on an 8x8 grid."""
+"""The small model's autoencoder: RGBA of any size, trained at 128 pixels <-> 16 channels on a grid of an eighth."""
 
 from pathlib import Path
 
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from transformers import ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
-from .fusion_stage import Examples, Tables, fused
-from .loop import Plan, run_stage
-from .pictures import PictureSet
+from .fusion_stage import Examples, Tables, fused, on_grid
+from .loop import Plan, device, run_stage
+from .training_set import TrainingSet, counts_of
 from .vision import normalise
 
 LATENT_NOISE = 0.15  # relative; the decoder must forgive what the fusion network gets slightly wrong
 MEAN_SHARE = 0.5  # of a batch whose latents are the fusion network's, not the encoder's
 FEATURE_WEIGHT = 1.0
+WIDE_EVERY = 6  # steps, of which one sees panoramas, whose latents are of another shape
 
 
 def new_autoencoder() -> AutoencoderDC:
@@ -53,23 +54,35 @@ def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def train_autoencoder(
-    work: Path, pictures: PictureSet, vae: AutoencoderDC, plan: Plan, batch: int = 32
+    work: Path, pictures: TrainingSet, vae: AutoencoderDC, plan: Plan, batch: int = 32
 ) -> AutoencoderDC:
     torch.manual_seed(0)
-    rows = pictures.training_rows()
+    rows, counts = pictures.training_rows(), counts_of(batch)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         pick = np.random.default_rng(step)
-        wanted = to_model_range(pictures.pixels[np.sort(pick.choice(rows, batch, replace=False))])
-        if pick.random() < 0.5:
-            wanted = wanted.flip(-1)
-        latents = _encode(vae, wanted)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        made = vae.decode(latents + LATENT_NOISE * latents.detach().std() * noise, return_dict=False)[0]
-        return {"picture": picture_loss(made, wanted), "size": 1e-4 * latents.square().mean()}
+        generator = torch.Generator().manual_seed(step)
+        apart: list[Tensor] = []
+        sizes: list[Tensor] = []
+        for some, count in zip(rows, counts, strict=True):
+            pixels = pictures.pixels_of(np.sort(pick.choice(some, count, replace=False)))
+            wanted = _varied(to_model_range(pixels), pick).to(device(), memory_format=torch.channels_last)
+            latents = _encode(vae, wanted)
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            made = vae.decode(latents + LATENT_NOISE * latents.detach().std() * noise, return_dict=False)[0]
+            apart.append(picture_loss(made, wanted) * count / batch)
+            sizes.append(latents.square().mean() * count / batch)
+        return {"picture": torch.stack(apart).sum(), "size": 1e-4 * torch.stack(sizes).sum()}
 
     run_stage("autoencoder", work, plan, nn.ModuleDict({"vae": vae}), loss_at)
     return vae
+
+
+def _varied(pictures: Tensor, pick: np.random.Generator) -> Tensor:
+    """Mirrored half of the time; a panorama, which closes, also turned."""
+    if pictures.shape[-1] != pictures.shape[-2]:
+        pictures = pictures.roll(int(pick.integers(pictures.shape[-1])), dims=-1)
+    return pictures.flip(-1) if pick.random() < 0.5 else pictures
 
 
 def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
@@ -87,7 +100,7 @@ def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
 
 def train_decoder(
     work: Path,
-    pictures: PictureSet,
+    pictures: TrainingSet,
     tables: Tables,
     network: FusionNetwork,
     eye: ResNetModel,
@@ -98,24 +111,28 @@ def train_decoder(
     """Teach the decoder alone, the latents staying as they are: to be sharp, and to draw what the fusion network means.
 
     Half of the latents are the encoder's with a little noise, half are the mean latents that the generator starts from.
+    One batch in six is of panoramas, as wide as they are.
     """
     torch.manual_seed(0)
     examples = Examples(pictures, tables)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
+    for used in (network, eye):
+        nn.Module.to(used, device())
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        drawn = examples.draw(step, batch)
-        latents = tables.latents[drawn.rows]
+        wide = step % WIDE_EVERY == 0
+        drawn = examples.draw(step, batch // 2 if wide else batch, (0, 1, 0) if wide else (0.85, 0, 0.15))
+        latents = tables.latents_of(drawn.rows)
         latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator)
         with torch.no_grad():
-            means = fused(network, drawn, 0.05, generator).transpose(1, 2).unflatten(2, latents.shape[-2:])
-        from_means = torch.rand(batch, 1, 1, 1, generator=generator) < MEAN_SHARE
-        seen = torch.where(from_means, means, latents) / tables.scaling_factor
+            means = on_grid(fused(network, drawn, 0.05, generator), latents.shape[-1])
+        from_means = torch.rand(len(latents), 1, 1, 1, generator=generator) < MEAN_SHARE
+        seen = torch.where(from_means.to(means.device), means, latents.to(means)) / tables.scaling_factor
         made = vae.decode(seen.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-        wanted = to_model_range(pictures.pixels[drawn.rows])
-        colour = torch.rand(batch, 3, 1, 1, generator=generator)
+        wanted = to_model_range(pictures.each(drawn.rows, torch.from_numpy)).to(made)
+        colour = torch.rand(len(latents), 3, 1, 1, generator=generator).to(made)
         return {
             "picture": picture_loss(made, wanted),
             "features": FEATURE_WEIGHT * feature_loss(eye, _over(made, colour), _over(wanted, colour)),
@@ -133,9 +150,9 @@ def _over(pictures: Tensor, colour: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderDC, pixels: np.ndarray) -> Tensor:
-    """(N, S, S, 4) uint8 -> latents (N, 16, S/8, S/8), unscaled."""
-    chunks = np.array_split(pixels, max(1, len(pixels) // 64))
-    return torch.cat([_encode(vae, to_model_range(chunk)) for chunk in chunks])
+    """(N, H, W, 4) uint8 -> latents (N, 16, H/8, W/8), unscaled."""
+    chunks = np.array_split(pixels, max(1, len(pixels) // 32))
+    return torch.cat([_encode(vae, to_model_range(chunk).to(device())).cpu() for chunk in chunks])
 
 
 def _encode(vae: AutoencoderDC, pixels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Teaching the fusion network: words, a picture or both -> the mean latents of the picture that was meant."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,31 +9,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..denoising.unet_sampler import stretched
 from ..fusing.fusion_network import FusionNetwork
 from .catalogue import STYLES
-from .loop import Plan, run_stage
-from .pictures import PictureSet
+from .loop import Plan, device, run_stage
+from .training_set import SHARES, TrainingSet
 
 HOUSE_STYLES = tuple(STYLES.index(name) for name in ("fluent-3d", "noto", "twemoji", "fluent-color"))
 NAME_SHARE = 0.85  # how often a concept is called by its name; a keyword such as "love" names many pictures at once
-BOTH_SHARE, WORDS_SHARE = 0.78, 0.14  # the remaining share sees a picture alone
+# The remaining share sees a picture alone. Scenes have no style to take from another picture.
+BOTH_SHARE, WORDS_SHARE = 0.78, 0.14
+SCENE_BOTH_SHARE, SCENE_WORDS_SHARE = 0.2, 0.7
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Everything the stage learns from, encoded once.
+    """Everything the stage learns from, encoded once; rows as in TrainingSet.
 
-    captions: (M, 512) text_embeds; caption_concept, caption_is_name: (M,); features: (N, V, 256) pooled features of
-    each picture, clean first, then V-1 varied views; latents: (N, 16, 8, 8), the encoder's times ``scaling_factor``,
-    which gives them unit variance.
+    captions: (M, 512) text_embeds of emoji; caption_concept, caption_is_name: (M,); scene_captions: (S, K, 512), K of
+    each scene; features: (N, V, 256) pooled features of each picture, clean first, then V-1 varied views; square:
+    (N, 16, 16, 16) latents of all that is square, times ``scaling_factor``, which gives them unit variance, and zeros
+    where a panorama is; wide: (skies, 16, 16, 32), those of the panoramas, which begin at row ``wide_from``.
     """
 
     captions: Tensor
     caption_concept: np.ndarray
     caption_is_name: np.ndarray
+    scene_captions: Tensor
     features: Tensor
-    latents: Tensor
+    square: Tensor
+    wide: Tensor
+    wide_from: int
     scaling_factor: float
+
+    def latents_of(self, rows: np.ndarray) -> Tensor:
+        """Rows of panoramas alone, or of none."""
+        wide = rows - self.wide_from
+        return self.wide[wide] if 0 <= wide[0] < len(self.wide) else self.square[rows]
+
+    @property
+    def grid_and_channels(self) -> tuple[int, int]:
+        return self.square.shape[-1], self.square.shape[1]
+
+    def means(self) -> Tensor:
+        """(N, G*G, 16): what the network is to say of each row. Of a panorama, the mean of neighbours side by side."""
+        square = self.square.clone()
+        size = square.shape[-1]
+        square[self.wide_from : self.wide_from + len(self.wide)] = F.adaptive_avg_pool2d(self.wide, (size, size))
+        return square.flatten(2).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -49,39 +73,50 @@ class Batch:
 class Examples:
     """Draws batches: which picture is meant, by which words, in the style of which other picture."""
 
-    def __init__(self, pictures: PictureSet, tables: Tables) -> None:
+    def __init__(self, pictures: TrainingSet, tables: Tables) -> None:
         self._tables = tables
         self._rows = pictures.training_rows()
-        self._concept, self._style = pictures.concept, pictures.style
-        self._of_style = [self._rows[self._style[self._rows] == style] for style in range(len(STYLES))]
+        self._first_scene = pictures.starts[1]
+        emoji, trained = pictures.emoji, self._rows[0]
+        self._concept, self._style = emoji.concept, emoji.style
+        self._of_style = [trained[self._style[trained] == style] for style in range(len(STYLES))]
         order = {style: rank for rank, style in enumerate(HOUSE_STYLES)}
         # Words alone mean one style, or their mean over styles would be a blur: the first house style drawn.
         house: dict[int, int] = {}
-        for row in sorted(self._rows.tolist(), key=lambda row: order.get(int(self._style[row]), len(STYLES))):
+        for row in sorted(trained.tolist(), key=lambda row: order.get(int(self._style[row]), len(STYLES))):
             house.setdefault(int(self._concept[row]), row)
-        self._house = np.full(len(pictures.concepts), -1)
+        self._house = np.full(len(emoji.concepts), -1)
         self._house[list(house)] = list(house.values())
-        self._names = _by_concept(tables.caption_concept, tables.caption_is_name, len(pictures.concepts))
-        self._keywords = _by_concept(tables.caption_concept, ~tables.caption_is_name, len(pictures.concepts))
+        self._names = _by_concept(tables.caption_concept, tables.caption_is_name, len(emoji.concepts))
+        self._keywords = _by_concept(tables.caption_concept, ~tables.caption_is_name, len(emoji.concepts))
 
-    def draw(self, step: int, size: int) -> Batch:
+    def draw(self, step: int, size: int, shares: Sequence[float] = SHARES) -> Batch:
+        """shares: of emoji, panoramas and phantoms, one domain after the other."""
         pick = np.random.default_rng([step, 7])
-        rows = pick.choice(self._rows, size)
-        way = pick.random(size)
-        has_image = (way < BOTH_SHARE) | (way >= BOTH_SHARE + WORDS_SHARE)
-        has_text = way < BOTH_SHARE + WORDS_SHARE
+        counts = [round(size * share) for share in shares[1:]]
+        parts = [self._emoji(pick, size - sum(counts))]
+        parts += [self._scenes(pick, rows, count) for rows, count in zip(self._rows[1:], counts, strict=True)]
+        return _joined([part for part in parts if len(part.rows)])
+
+    def _emoji(self, pick: np.random.Generator, size: int) -> Batch:
+        rows = pick.choice(self._rows[0], size)
+        has_text, has_image = _ways(pick, size, BOTH_SHARE, WORDS_SHARE)
         rows = np.where(has_image, rows, self._house[self._concept[rows]])
-        captions = np.array([self._caption(pick, concept) for concept in self._concept[rows]])
-        style_rows = np.array([pick.choice(self._of_style[style]) for style in self._style[rows]])
+        captions = np.array([self._caption(pick, concept) for concept in self._concept[rows]], np.int64)
+        style_rows = np.array([pick.choice(self._of_style[style]) for style in self._style[rows]], np.int64)
         seen = np.where(has_text, style_rows, rows)
         view = pick.integers(0, self._tables.features.shape[1], size)
-        return Batch(
-            text=self._tables.captions[captions],
-            image=self._tables.features[seen, view],
-            has_text=torch.from_numpy(has_text)[:, None],
-            has_image=torch.from_numpy(has_image)[:, None],
-            rows=rows,
-        )
+        return _batch(self._tables.captions[captions], self._tables.features[seen, view], has_text, has_image, rows)
+
+    def _scenes(self, pick: np.random.Generator, rows: np.ndarray, size: int) -> Batch:
+        """A picture beside words says only what kind of scene it is: another one, and the words have their way."""
+        rows = pick.choice(rows, size)
+        has_text, has_image = _ways(pick, size, SCENE_BOTH_SHARE, SCENE_WORDS_SHARE)
+        seen = np.where(has_text, pick.permutation(rows), rows)
+        captions = self._tables.scene_captions
+        text = captions[rows - self._first_scene, pick.integers(0, captions.shape[1], size)]
+        view = pick.integers(0, self._tables.features.shape[1], size)
+        return _batch(text, self._tables.features[seen, view], has_text, has_image, rows)
 
     def _caption(self, pick: np.random.Generator, concept: int) -> int:
         keywords = self._keywords[concept]
@@ -89,25 +124,60 @@ class Examples:
         return int(pool[pick.integers(len(pool))])
 
 
+def _ways(pick: np.random.Generator, size: int, both: float, words: float) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each hears words, and whether it sees a picture."""
+    way = pick.random(size)
+    return way < both + words, (way < both) | (way >= both + words)
+
+
+def _batch(text: Tensor, image: Tensor, has_text: np.ndarray, has_image: np.ndarray, rows: np.ndarray) -> Batch:
+    return Batch(text, image, torch.from_numpy(has_text)[:, None], torch.from_numpy(has_image)[:, None], rows)
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    def all_of(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts]).to(device())
+
+    rows = np.concatenate([part.rows for part in parts])
+    return Batch(all_of("text"), all_of("image"), all_of("has_text"), all_of("has_image"), rows)
+
+
 def fused(network: FusionNetwork, batch: Batch, noise: float, generator: torch.Generator) -> Tensor:
-    """Tokens (B, 64, 16) for a mixed batch, with the normalised inputs blurred by ``noise`` so neighbours agree."""
+    """Tokens (B, G*G, 16) for a mixed batch, with the normalised inputs blurred by ``noise`` so neighbours agree."""
     text = torch.where(batch.has_text, network.text_norm(batch.text), network.null_text)
     image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image)
     joined = torch.cat([text, image], dim=-1)
-    return network.fuse_normalised(joined + noise * torch.randn(joined.shape, generator=generator))
+    return network.fuse_normalised(joined + noise * torch.randn(joined.shape, generator=generator).to(joined))
+
+
+def on_grid(tokens: Tensor, columns: int) -> Tensor:
+    """(B, G*G, C) -> (B, C, G, columns), as the sampler lays it out."""
+    side = int(tokens.shape[1] ** 0.5)
+    return stretched(tokens.transpose(1, 2).unflatten(2, (side, side)), columns)
+
+
+def new_fusion(tables: Tables) -> FusionNetwork:
+    """It begins with the mean of all pictures for an answer."""
+    grid, channels = tables.grid_and_channels
+    network = FusionNetwork(gated=True, grid=grid, channels=channels)
+    with torch.no_grad():
+        network.exit.bias.copy_(tables.means().mean(0).flatten())
+    return network
 
 
 def train_fusion(
-    work: Path, pictures: PictureSet, tables: Tables, network: FusionNetwork, plan: Plan, batch: int = 512
+    work: Path, pictures: TrainingSet, tables: Tables, network: FusionNetwork, plan: Plan, batch: int = 512
 ) -> FusionNetwork:
     torch.manual_seed(0)
     examples = Examples(pictures, tables)
-    wanted_tokens = tables.latents.flatten(2).transpose(1, 2).contiguous()
+    wanted = tables.means()
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = examples.draw(step, batch)
         made = fused(network, drawn, 0.05, torch.Generator().manual_seed(step))
-        return {"latents": F.mse_loss(made, wanted_tokens[drawn.rows])}
+        apart = (made - wanted[drawn.rows].to(made)).square().mean(dim=(1, 2))
+        emoji = round(batch * SHARES[0])
+        return {"emoji": apart[:emoji].sum() / batch, "scenes": apart[emoji:].sum() / batch}
 
     run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network

@@ -13,26 +13,27 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
-from .fusion_stage import Examples, Tables, fused
-from .loop import Plan, run_stage
-from .pictures import PictureSet
+from .fusion_stage import Examples, Tables, fused, on_grid
+from .loop import Plan, device, run_stage
+from .training_set import TrainingSet
 
 START_NOISE = 0.1  # s, relative to latents of unit variance, as in the family's table; 0.3 taught it wrong detail
 FIRST_STEP_SHARE = 0.3  # how often sigma is exactly 1, which is all that a one-step run ever sees
 TRAIN_TIMESTEPS = 1000
+WIDE_EVERY = 6  # steps, of which one sees panoramas, whose latents are of another shape
 
 
-def new_generator() -> UNet2DConditionModel:
+def new_generator(grid: int, channels: int) -> UNet2DConditionModel:
     unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=32,
-        out_channels=16,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
+        sample_size=grid,
+        in_channels=2 * channels,
+        out_channels=channels,
+        down_block_types=("DownBlock2D",) * 3,
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 96),
+        up_block_types=("UpBlock2D",) * 3,
+        block_out_channels=(64, 96, 128),
         layers_per_block=1,
-        cross_attention_dim=16,
+        cross_attention_dim=channels,
         attention_head_dim=4,
         norm_num_groups=16,
     )
@@ -42,27 +43,30 @@ def new_generator() -> UNet2DConditionModel:
 
 def train_generator(
     work: Path,
-    pictures: PictureSet,
+    pictures: TrainingSet,
     tables: Tables,
     network: FusionNetwork,
     unet: UNet2DConditionModel,
     plan: Plan,
-    batch: int = 128,
+    batch: int = 32,
 ) -> UNet2DConditionModel:
     torch.manual_seed(0)
     examples = Examples(pictures, tables)
+    nn.Module.to(network, device())
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        drawn = examples.draw(step, batch)
+        wide = step % WIDE_EVERY == 0
+        drawn = examples.draw(step, batch // 2 if wide else batch, (0, 1, 0) if wide else (0.85, 0, 0.15))
+        wanted = tables.latents_of(drawn.rows).to(device())
         with torch.no_grad():
             # More blur than the network was taught with: on unseen pairs it errs more, and this must be mended too.
             tokens = fused(network, drawn, 0.15, generator)
-        mean = tokens.transpose(1, 2).unflatten(2, (8, 8))
-        wanted = tables.latents[drawn.rows]
-        start = mean + START_NOISE * torch.randn(mean.shape, generator=generator)
-        sigma = torch.rand(batch, generator=generator)
-        sigma[torch.rand(batch, generator=generator) < FIRST_STEP_SHARE] = 1.0
+            mean = on_grid(tokens, wanted.shape[-1])
+        start = mean + START_NOISE * torch.randn(mean.shape, generator=generator).to(mean)
+        sigma = torch.rand(len(mean), generator=generator)
+        sigma[torch.rand(len(mean), generator=generator) < FIRST_STEP_SHARE] = 1.0
+        sigma = sigma.to(mean)
         at = sigma[:, None, None, None]
         seen = torch.cat([(1 - at) * wanted + at * start, mean], dim=1)
         velocity = unet(seen, sigma * TRAIN_TIMESTEPS, encoder_hidden_states=tokens, return_dict=False)[0]

@@ -25,6 +25,11 @@ class Plan:
     save_seconds: float = 120.0
 
 
+def device() -> torch.device:
+    """Where stages learn: the GPU if there is one. Random numbers are drawn on the CPU, the same for both."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def run_stage(
     name: str,
     work: Path,
@@ -34,11 +39,12 @@ def run_stage(
 ) -> nn.ModuleDict:
     """Train ``modules`` in place and return them holding the averaged weights.
 
-    ``loss_at(step)`` returns named scalar losses of one batch; their sum is minimised. Randomness must come from
-    the step number, so that a resumed run sees the batches it would have seen. A checkpoint beside the curve in
-    ``work`` is written every ``plan.save_seconds`` and replaced atomically.
+    ``loss_at(step)`` returns named scalar losses of one batch, on ``device()``; their sum is minimised. Randomness must
+    come from the step number, so that a resumed run sees the batches it would have seen. A checkpoint beside the curve
+    in ``work`` is written every ``plan.save_seconds`` and replaced atomically.
     """
     work.mkdir(parents=True, exist_ok=True)
+    modules.to(device())
     checkpoint, curve = work / f"{name}.pt", work / f"{name}-curve.csv"
     trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
     rule = torch.optim.AdamW(
@@ -47,7 +53,7 @@ def run_stage(
     average = {key: value.detach().clone() for key, value in modules.state_dict().items()}
     start = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = torch.load(checkpoint, map_location=device(), weights_only=True)
         modules.load_state_dict(saved["modules"])
         average, start = saved["average"], saved["step"]
         rule.load_state_dict(saved["optimizer"])

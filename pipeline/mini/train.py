@@ -11,6 +11,7 @@ import logging
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,34 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, R
 from ..fusing.fusion_network import FusionNetwork
 from ..mini import MODEL_FOLDER
 from .autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
-from .fusion_stage import Tables, train_fusion
+from .fusion_stage import Tables, new_fusion, train_fusion
 from .generator_stage import new_generator, train_generator
-from .loop import Plan
-from .pictures import PictureSet, load_pictures
-from .vision import augment, embed_pictures, new_image_encoder, over_background, train_image_encoder
+from .loop import Plan, device
+from .pictures import PictureSet
+from .training_set import SIZE, TrainingSet, load_training_set
+from .vision import augment, embed_pictures, framed, new_image_encoder, over_background, train_image_encoder
 from .words import (
     Captions,
     build_captions,
     build_tokenizer,
     dictionary_words,
     embed_texts,
+    lengthened,
     new_text_encoder,
     train_text_encoder,
 )
 
 logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" where it is run
 
-# Steps are for two cores; with more time, longer plans go on getting better (fusion above all).
+# From nothing, for a GPU or a night on two cores; longer plans go on getting better (fusion above all). From a model
+# that has learned before, --steps makes a stage shorter.
 PLANS = {
-    "text": Plan(steps=2600, learning_rate=1e-3),
-    "vision": Plan(steps=4700, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
-    "autoencoder": Plan(steps=2600, learning_rate=2e-3, warmup=100, weight_decay=0.0),
-    "fusion": Plan(steps=15_000, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "text": Plan(steps=4000, learning_rate=1e-3),
+    "vision": Plan(steps=6000, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
+    "autoencoder": Plan(steps=4000, learning_rate=2e-3, warmup=100, weight_decay=0.0),
+    "fusion": Plan(steps=20_000, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "decoder": Plan(steps=1200, learning_rate=1e-3, warmup=100, weight_decay=0.0),
-    "generator": Plan(steps=3800, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
+    "generator": Plan(steps=4000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
 }
 VIEWS = 4  # of each picture, the first one clean
 
@@ -71,12 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
     )
     parser.add_argument("--again", nargs="*", choices=list(PLANS), default=[], help="stages to repeat from --start")
+    parser.add_argument("--anew", nargs="*", choices=list(PLANS), default=[], help="stages that begin from nothing")
+    parser.add_argument(
+        "--steps", nargs="*", default=[], metavar="STAGE=STEPS", help="other lengths than those of the plans"
+    )
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side of the pictures that are learned from")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="the folder to write at the end")
     chosen = parser.parse_args(arguments)
     _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
+    plans = _plans(parser, chosen.steps)
     work: Path = chosen.work
     work.mkdir(parents=True, exist_ok=True)
     if chosen.start is not None and not (work / "tokenizer").exists():
@@ -85,20 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
         """The finished part from the work folder; trained first, from the start or from nothing, if it is not there."""
         if not (work / stage).exists():
-            begun = _read(chosen.start / name, kind) if chosen.start is not None else new()
-            taught = begun if chosen.start is not None and stage not in chosen.again else train(begun, PLANS[stage])
+            start = None if stage in chosen.anew else chosen.start
+            begun = new() if start is None else _read(start / name, kind)
+            taught = train(begun, plans[stage]) if start is None or stage in chosen.again else begun
             partial = work / f"{stage}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             taught.save_pretrained(partial)
             partial.rename(work / stage)
-        return _read(work / stage, kind).eval().requires_grad_(False)
+        return _read(work / stage, kind).to(device()).eval().requires_grad_(False)
 
-    pictures = load_pictures(work)
-    captions = _captions(work, pictures)
+    pictures = load_training_set(work, chosen.size)
+    captions = _captions(work, pictures.emoji)
     tokenizer = _tokenizer(work, captions)
     text_encoder = part(
         "text", "text_encoder", CLIPTextModelWithProjection, lambda: new_text_encoder(len(tokenizer)),
-        lambda begun, plan: train_text_encoder(work, tokenizer, captions, begun, plan),
+        lambda begun, plan: train_text_encoder(work, tokenizer, captions, pictures.scenes, lengthened(begun), plan),
     )  # fmt: skip
     if "vision" not in wanted:
         return
@@ -116,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     tables = _tables(work, pictures, captions, tokenizer, text_encoder, image_encoder, vae)
     fusion = part(
-        "fusion", "fusion", FusionNetwork, FusionNetwork,
+        "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
         lambda begun, plan: train_fusion(work, pictures, tables, begun, plan),
     )  # fmt: skip
     if "decoder" not in wanted:
@@ -128,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "generator" not in wanted:
         return
     unet = part(
-        "generator", "unet", UNet2DConditionModel, new_generator,
+        "generator", "unet", UNet2DConditionModel, lambda: new_generator(*tables.grid_and_channels),
         lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
@@ -156,25 +167,28 @@ def _tokenizer(work: Path, captions: Captions) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def _tables(
-    work: Path, pictures: PictureSet, captions: Captions, tokenizer, text_encoder, image_encoder, vae
+    work: Path, pictures: TrainingSet, captions: Captions, tokenizer, text_encoder, image_encoder, vae
 ) -> Tables:
     stored = work / "tables.pt"
     if not stored.exists():
         logger.info("encoding every caption and picture once")
         of_concepts = np.flatnonzero(captions.concept >= 0)
-        generator = torch.Generator().manual_seed(0)
-        clean = over_background(pictures.pixels)
-        views = [clean, *(augment(clean, generator) for _ in range(VIEWS - 1))]
-        latents = encode_pictures(vae, pictures.pixels)
+        said = np.concatenate([scene.captions for scene in pictures.scenes])
+        sets = (pictures.emoji.pixels, *(scene.pixels for scene in pictures.scenes))
+        drawn, wide, ellipses = (encode_pictures(vae, pixels) for pixels in sets)
+        spread = torch.cat([each.flatten() for each in (drawn, wide, ellipses)]).std()
+        hollow = drawn.new_zeros(len(wide), *drawn.shape[1:])
         partial = stored.with_suffix(".partial")
         torch.save(
             {
                 "captions": embed_texts(text_encoder, tokenizer, [captions.texts[row] for row in of_concepts]),
                 "caption_concept": torch.from_numpy(captions.concept[of_concepts]),
                 "caption_is_name": torch.from_numpy(captions.is_name[of_concepts]),
-                "features": torch.stack([embed_pictures(image_encoder, view) for view in views], dim=1),
-                "latents": latents / latents.std(),
-                "scaling_factor": 1 / latents.std(),
+                "scene_captions": embed_texts(text_encoder, tokenizer, said.ravel().tolist()).unflatten(0, said.shape),
+                "features": torch.cat([_views(image_encoder, pixels) for pixels in sets]),
+                "square": torch.cat([drawn, hollow, ellipses]) / spread,
+                "wide": wide / spread,
+                "scaling_factor": 1 / spread,
             },
             partial,
         )
@@ -184,18 +198,43 @@ def _tables(
         read["captions"],
         read["caption_concept"].numpy(),
         read["caption_is_name"].numpy(),
+        read["scene_captions"],
         read["features"],
-        read["latents"],
+        read["square"],
+        read["wide"],
+        pictures.starts[1],
         float(read["scaling_factor"]),
     )
+
+
+def _views(image_encoder: Any, pixels: np.ndarray) -> torch.Tensor:
+    """(N, VIEWS, 256): the eye's features of each picture, clean and varied."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for chunk in np.array_split(pixels, max(1, len(pixels) // 256)):
+        clean = framed(over_background(chunk))
+        views = [clean, *(augment(clean, generator) for _ in range(VIEWS - 1))]
+        found.append(torch.stack([embed_pictures(image_encoder, view) for view in views], dim=1))
+    return torch.cat(found)
+
+
+def _plans(parser: argparse.ArgumentParser, lengths: Sequence[str]) -> dict[str, Plan]:
+    plans = dict(PLANS)
+    for length in lengths:
+        stage, _, steps = length.partition("=")
+        if stage not in PLANS or not steps.isdecimal():
+            parser.error(f"expected STAGE=STEPS with one of {', '.join(PLANS)}, got {length!r}")
+        plans[stage] = replace(plans[stage], steps=int(steps))
+    return plans
 
 
 def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target: Path) -> None:
     """Write the diffusers folder, weights in half precision; the model card and licences beside it are left alone."""
     target.mkdir(parents=True, exist_ok=True)
+    tokenizer.model_max_length = parts["text_encoder"].config.max_position_embeddings
     parts["vae"].register_to_config(scaling_factor=scaling_factor)
     for name, part in parts.items():
-        part.half().save_pretrained(target / name, safe_serialization=True)
+        part.cpu().half().save_pretrained(target / name, safe_serialization=True)
         _forget_origin(target / name / "config.json")
     tokenizer.save_pretrained(target / "tokenizer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(target / "scheduler")

@@ -8,18 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
+from ..vision.resizing import fit_to
 from .catalogue import STYLES
-from .loop import Plan, run_stage
-from .pictures import PictureSet
+from .loop import Plan, device, run_stage
+from .scenes.scene_set import FACTS
+from .training_set import TrainingSet, counts_of
+from .words import facts_loss
 
+SEEN = 96  # pixels a side that a picture is seen at, as in the family's table
 THUMBNAIL = 16  # pixels a side of the small picture that the pooled features must be able to redraw
+WIDTH = 256
 
 
 def new_image_encoder() -> ResNetModel:
     config = ResNetConfig(
         num_channels=3,
         embedding_size=64,
-        hidden_sizes=[64, 128, 256],
+        hidden_sizes=[64, 128, WIDTH],
         depths=[1, 1, 1],
         layer_type="basic",
         hidden_act="relu",
@@ -31,6 +36,11 @@ def over_background(pixels: np.ndarray | Tensor, background: Tensor | float = 1.
     """Premultiplied (B, H, W, 4) uint8 -> RGB (B, 3, H, W) in 0..1 over a colour (B, 3, 1, 1) or a grey level."""
     rgba = torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 255
     return rgba[:, :3] + (1 - rgba[:, 3:]) * background
+
+
+def framed(rgb: Tensor) -> Tensor:
+    """(B, 3, H, W) as the pipeline shows it to the eye: (B, 3, SEEN, SEEN), what is not square between white bars."""
+    return fit_to(rgb, SEEN, SEEN, "pad", fill=1.0)
 
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,36 +56,47 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_image_encoder(
-    work: Path, pictures: PictureSet, encoder: ResNetModel, plan: Plan, batch: int = 64
+    work: Path, pictures: TrainingSet, encoder: ResNetModel, plan: Plan, batch: int = 64
 ) -> ResNetModel:
-    """Loss: name the style, name the concept, and redraw a thumbnail, all from the pooled features."""
+    """Loss: name style and concept, or the facts of a scene, and redraw a thumbnail, all from the pooled features."""
     torch.manual_seed(0)
     rows = pictures.training_rows()
-    width = 256
+    counts = counts_of(batch)
+    scene_facts = torch.from_numpy(np.concatenate([scene.facts for scene in pictures.scenes]))
     parts = nn.ModuleDict(
         {
             "image_encoder": encoder,
-            "style": nn.Linear(width, len(STYLES)),
-            "concept": nn.Linear(width, len(pictures.concepts)),
-            "thumbnail": nn.Linear(width, 4 * THUMBNAIL**2),
+            "style": nn.Linear(WIDTH, len(STYLES)),
+            "concept": nn.Linear(WIDTH, len(pictures.emoji.concepts)),
+            "facts": nn.Linear(WIDTH, sum(FACTS.values())),
+            "thumbnail": nn.Linear(WIDTH, 4 * THUMBNAIL**2),
         }
     )
 
     def loss_at(step: int) -> dict[str, Tensor]:
         pick = np.random.default_rng(step)
         generator = torch.Generator().manual_seed(step)
-        chosen = np.sort(pick.choice(rows, batch, replace=False))
-        white = torch.rand(batch, 1, 1, 1, generator=generator) < 0.7
-        colour = torch.where(white, torch.ones(()), torch.rand(batch, 3, 1, 1, generator=generator))
-        seen = augment(over_background(pictures.pixels[chosen], colour), generator)
-        pooled = encoder(normalise(seen)).pooler_output.flatten(1)
-        small = F.adaptive_avg_pool2d(
-            torch.as_tensor(pictures.pixels[chosen]).permute(0, 3, 1, 2).float() / 255, THUMBNAIL
+        chosen = [np.sort(pick.choice(some, count, replace=False)) for some, count in zip(rows, counts, strict=True)]
+        seen, small = [], []
+        for some in chosen:
+            pixels = pictures.pixels_of(some)
+            white = torch.rand(len(some), 1, 1, 1, generator=generator) < 0.7
+            colour = torch.where(white, torch.ones(()), torch.rand(len(some), 3, 1, 1, generator=generator))
+            seen.append(augment(framed(over_background(pixels, colour)), generator))
+            rgba = torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 255
+            small.append(F.adaptive_avg_pool2d(rgba, THUMBNAIL).flatten(1))
+        pooled = encoder(normalise(torch.cat(seen).to(device()))).pooler_output.flatten(1)
+        drawn, scenes = pooled[: counts[0]], pooled[counts[0] :]
+        style, concept = (
+            torch.as_tensor(labels[chosen[0]]).to(pooled.device)
+            for labels in (pictures.emoji.style, pictures.emoji.concept)
         )
+        facts = scene_facts[np.concatenate(chosen[1:]) - pictures.starts[1]].to(pooled.device)
         return {
-            "style": 0.5 * F.cross_entropy(parts["style"](pooled), torch.as_tensor(pictures.style[chosen])),
-            "concept": 0.2 * F.cross_entropy(parts["concept"](pooled), torch.as_tensor(pictures.concept[chosen])),
-            "thumbnail": 20 * F.mse_loss(parts["thumbnail"](pooled), small.flatten(1)),
+            "style": 0.5 * F.cross_entropy(parts["style"](drawn), style),
+            "concept": 0.2 * F.cross_entropy(parts["concept"](drawn), concept),
+            "facts": 0.2 * facts_loss(parts["facts"](scenes), facts),
+            "thumbnail": 20 * F.mse_loss(parts["thumbnail"](pooled), torch.cat(small).to(pooled.device)),
         }
 
     run_stage("vision", work, plan, parts, loss_at)
@@ -89,5 +110,5 @@ def normalise(rgb: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_pictures(encoder: ResNetModel, rgb: Tensor) -> Tensor:
-    """RGB (N, 3, S, S) in 0..1 -> pooled features (N, 256)."""
-    return torch.cat([encoder(normalise(chunk)).pooler_output.flatten(1) for chunk in rgb.split(64)])
+    """RGB (N, 3, SEEN, SEEN) in 0..1 -> pooled features (N, 256)."""
+    return torch.cat([encoder(normalise(chunk.to(device()))).pooler_output.flatten(1).cpu() for chunk in rgb.split(64)])

@@ -2,12 +2,14 @@
 
 The encoder is a small CLIP text model. It learns by distillation (Hinton et al., arXiv 1503.02531): its text_embeds
 follow a multilingual sentence encoder on dictionary words and captions of both languages, and are pulled towards the
-shared centre of the concept's English and Chinese names, so that either language finds the same picture.
+shared centre of the concept's English and Chinese names, so that either language finds the same picture. Captions of
+scenes have no teacher: what they say must be legible in their vectors.
 """
 
 import json
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +21,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from .catalogue import Concept
-from .loop import Plan, run_stage
+from .loop import Plan, device, run_stage
+from .scenes.scene_set import DOMAINS, FACTS, UNSAID, SceneSet
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 40
+MAX_TOKENS = 48  # the longest caption of a scene has 47
 WORD_VECTOR = 512
 CHINESE_WORDS = 60_000
 # Phrases that people put around the name of a thing, by language. {} is the name.
@@ -140,43 +143,85 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModelWithProjection:
     )  # fmt: skip
 
 
+def lengthened(encoder: CLIPTextModelWithProjection, positions: int = MAX_TOKENS) -> CLIPTextModelWithProjection:
+    """The same encoder with room for more tokens: each further position begins as the last one there was."""
+    had = encoder.config.max_position_embeddings
+    if had >= positions:
+        return encoder
+    state = encoder.state_dict()
+    name = next(key for key in state if key.endswith("position_embedding.weight"))
+    state[name] = torch.cat([state[name], state[name][-1:].expand(positions - had, -1)])
+    encoder.config.max_position_embeddings = positions
+    longer = CLIPTextModelWithProjection(encoder.config)
+    longer.load_state_dict(
+        {key: value for key, value in state.items() if not key.endswith("position_ids")}, strict=False
+    )
+    return longer
+
+
 def train_text_encoder(
     work: Path,
     tokenizer: PreTrainedTokenizerFast,
     captions: Captions,
+    scenes: Sequence[SceneSet],
     encoder: CLIPTextModelWithProjection,
     plan: Plan,
     batch: int = 256,
 ) -> CLIPTextModelWithProjection:
-    """Loss: cosine distance to the teaching vector, plus telling the concepts apart by name."""
+    """Loss: cosine distance to the teaching vector, telling the concepts apart by name, and, of scenes, telling every
+    fact that the caption says: a teacher's vector of a whole sentence hardly knows left from right.
+    """
     torch.manual_seed(0)
-    encoded = tokenizer(captions.texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    scene_texts = [str(text) for scene in scenes for text in scene.captions.flat]
+    facts = torch.cat(
+        [torch.full((len(captions.texts), len(FACTS)), UNSAID)]
+        + [torch.from_numpy(scene.facts).repeat_interleave(scene.captions.shape[1], dim=0) for scene in scenes]
+    )
+    facts[: len(captions.texts), list(FACTS).index("domain")] = DOMAINS.index("emoji")
+    encoded = tokenizer(captions.texts + scene_texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
     targets = torch.from_numpy(captions.targets)
     concept = torch.from_numpy(captions.concept)
     is_name = torch.from_numpy(captions.is_name)
-    names, others = np.flatnonzero(captions.is_name), np.flatnonzero(~captions.is_name)
+    kinds = [np.flatnonzero(captions.is_name), np.flatnonzero(~captions.is_name)]
+    kinds.append(np.arange(len(captions.texts), len(encoded)))
+    shares = (0.3, 0.3, 0.4) if scene_texts else (0.5, 0.5, 0.0)
     prototypes = nn.Linear(WORD_VECTOR, int(concept.max()) + 1, bias=False)
-    parts = nn.ModuleDict({"text_encoder": encoder, "prototypes": prototypes})
+    heads = nn.Linear(WORD_VECTOR, sum(FACTS.values()))
+    parts = nn.ModuleDict({"text_encoder": encoder, "prototypes": prototypes, "facts": heads})
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         pick = random.Random(step)
         # Batches of like length: sort a large draw, cut a slice, so little is spent on padding.
-        rows = [int(pick.choice(names if pick.random() < 0.5 else others)) for _ in range(4 * batch)]
+        rows = [int(pick.choice(kinds[pick.choices(range(3), shares)[0]])) for _ in range(4 * batch)]
         rows.sort(key=lambda row: len(encoded[row]))
         start = pick.randrange(4) * batch
         rows = rows[start : start + batch]
         longest = max(len(encoded[row]) for row in rows)
-        ids = torch.tensor([encoded[row] + [0] * (longest - len(encoded[row])) for row in rows])
+        ids = torch.tensor([encoded[row] + [0] * (longest - len(encoded[row])) for row in rows], device=device())
         vectors = F.normalize(encoder(input_ids=ids, attention_mask=(ids != 0).long()).text_embeds, dim=-1)
         chosen = torch.tensor(rows)
-        follow = 4 * (1 - (vectors * targets[chosen]).sum(-1)).mean()
-        named = is_name[chosen]
-        logits = 20 * vectors[named] @ F.normalize(prototypes.weight, dim=-1).T
-        apart = F.cross_entropy(logits, concept[chosen][named]) if named.any() else logits.sum()
-        return {"follow": follow, "apart": 0.15 * apart}
+        taught = chosen < len(targets)
+        of_concepts = chosen[taught]
+        follow = 1 - (vectors[taught] * targets[of_concepts].to(vectors)).sum(-1)
+        named = is_name[of_concepts]
+        logits = 20 * vectors[taught][named] @ F.normalize(prototypes.weight, dim=-1).T
+        apart = F.cross_entropy(logits, concept[of_concepts][named].to(logits.device), reduction="sum")
+        told = facts_loss(heads(20 * vectors), facts[chosen].to(vectors.device))
+        # By the whole batch, so that a slice without any of a kind counts as little as it holds.
+        return {"follow": 4 * follow.sum() / batch, "apart": 0.15 * apart / batch, "facts": 0.3 * told}
 
     run_stage("text", work, plan, parts, loss_at)
     return encoder
+
+
+def facts_loss(logits: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """logits: (B, sum of FACTS), one fact after the other; facts: (B, len(FACTS)). The mean over all that is said."""
+    sides = logits.split(list(FACTS.values()), dim=-1)
+    spent = [
+        F.cross_entropy(side, answers, ignore_index=UNSAID, reduction="sum")
+        for side, answers in zip(sides, facts.unbind(-1), strict=True)
+    ]
+    return torch.stack(spent).sum() / (facts != UNSAID).sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -188,6 +233,7 @@ def embed_texts(
     vectors = torch.empty(len(texts), WORD_VECTOR)
     for start in range(0, len(order), 512):
         rows = order[start : start + 512]
-        batch = tokenizer([texts[row] for row in rows], truncation=True, padding=True, return_tensors="pt")
-        vectors[rows] = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).text_embeds
+        batch = tokenizer([texts[row] for row in rows], truncation=True, padding=True, return_tensors="pt").to(device())
+        found = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).text_embeds
+        vectors[rows] = found.cpu()
     return vectors

@@ -1,12 +1,26 @@
-"""The training loop: it learns, and a run that was killed ends where an unbroken one does."""
+"""The training loop and the stages: they learn, and a run that was killed ends where an unbroken one does."""
 
+import math
+from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoints import Checkpoint
+from pipeline.mini.autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
+from pipeline.mini.catalogue import STYLES, Concept
+from pipeline.mini.fusion_stage import Examples, Tables, new_fusion, on_grid, train_fusion
+from pipeline.mini.generator_stage import new_generator, train_generator
 from pipeline.mini.loop import Plan, run_stage
+from pipeline.mini.pictures import PictureSet
+from pipeline.mini.scenes.scene_set import SceneSet, phantom_of, sky_of
+from pipeline.mini.training_set import TrainingSet
+from pipeline.mini.vision import new_image_encoder, train_image_encoder
+from pipeline.mini.words import lengthened
+from pipeline.model_cache import ModelCache
 
 PLAN = Plan(steps=40, learning_rate=0.05, warmup=5, weight_decay=0.0, average=0.9, save_seconds=0.0)
 
@@ -44,3 +58,111 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
     for name, value in unbroken.items():
         assert torch.allclose(resumed[name], value)
     assert not list((tmp_path / "killed").glob("*.partial"))
+
+
+# --- the stages, on a handful of pictures ---
+
+SIZE, CONCEPTS = 32, 6
+
+
+@pytest.fixture(scope="module")
+def pictures() -> TrainingSet:
+    """Six concepts in every style, as plain colours, beside real scenes."""
+    pick = np.random.default_rng(0)
+    kinds = [(concept, style) for concept in range(CONCEPTS) for style in range(len(STYLES))]
+    drawn = np.repeat(pick.integers(0, 255, (len(kinds), 1, 1, 4), np.uint8), SIZE, axis=1).repeat(SIZE, axis=2)
+    drawn[..., :3] = np.minimum(drawn[..., :3], drawn[..., 3:])  # premultiplied
+    concepts = tuple(
+        Concept(f"{number}", "", {"en": f"thing {number}", "zh": f"{number}"}, {}, 0) for number in range(6)
+    )
+    concept, style = (np.array(column) for column in zip(*kinds, strict=True))
+    scenes = [
+        SceneSet(
+            np.stack([one.pixels for one in some]),
+            np.array([one.captions for one in some]),
+            np.array([one.facts for one in some]),
+        )
+        for some in ([sky_of(number, SIZE) for number in range(8)], [phantom_of(number, SIZE) for number in range(8)])
+    ]
+    return TrainingSet(_AllForTraining(drawn, concept, style, concepts), *scenes)
+
+
+class _AllForTraining(PictureSet):
+    def training_rows(self) -> np.ndarray:
+        return np.arange(len(self.pixels))
+
+
+@pytest.fixture(scope="module")
+def tables(pictures: TrainingSet) -> Tables:
+    torch.manual_seed(0)
+    vae = new_autoencoder()
+    square, wide = (
+        encode_pictures(vae, np.concatenate([pictures.emoji.pixels, pictures.phantoms.pixels])),
+        encode_pictures(vae, pictures.skies.pixels),
+    )
+    emoji, sky, _ = np.split(np.arange(len(square) + len(wide)), pictures.starts[1:])
+    square = torch.cat([square[: len(emoji)], torch.zeros(len(sky), *square.shape[1:]), square[len(emoji) :]])
+    names = np.repeat(np.arange(CONCEPTS), 2)
+    count = len(square)
+    return Tables(
+        captions=torch.randn(len(names), 512),
+        caption_concept=names,
+        caption_is_name=np.tile([True, False], CONCEPTS),
+        scene_captions=torch.randn(count - len(emoji), 6, 512),
+        features=torch.randn(count, 2, 256),
+        square=square / square.std(),
+        wide=wide / square.std(),
+        wide_from=len(emoji),
+        scaling_factor=1.0,
+    )
+
+
+def test_rows_of_all_domains_come_back_in_their_order(pictures: TrainingSet):
+    rows = np.array([60, 3, 50, 0, 49])
+    means = pictures.each(rows, lambda pixels: torch.from_numpy(pixels).float().mean(dim=(1, 2)))
+    for row, found in zip(rows, means, strict=True):
+        assert torch.equal(found, torch.from_numpy(pictures.pixels_of(np.array([row]))).float().mean(dim=(1, 2))[0])
+    assert pictures.domain_of(rows).tolist() == [2, 0, 1, 0, 1]
+
+
+def test_a_batch_holds_each_domain_with_its_own_words(pictures: TrainingSet, tables: Tables):
+    drawn = Examples(pictures, tables).draw(3, 100)
+    assert [int((pictures.domain_of(drawn.rows) == domain).sum()) for domain in range(3)] == [70, 15, 15]
+    assert bool((drawn.has_text | drawn.has_image).all())
+    for place in np.flatnonzero(pictures.domain_of(drawn.rows) > 0):
+        own = tables.scene_captions[drawn.rows[place] - pictures.starts[1]]
+        assert (own == drawn.text[place].cpu()).all(dim=1).any(), "a scene is called by its own captions"
+    again = Examples(pictures, tables).draw(3, 100)
+    assert torch.equal(drawn.text, again.text) and np.array_equal(drawn.rows, again.rows)
+
+
+def test_the_mean_of_a_panorama_is_of_neighbours_side_by_side(pictures: TrainingSet, tables: Tables):
+    means = tables.means()[tables.wide_from].T.unflatten(1, tables.square.shape[-2:])
+    assert torch.allclose(means, (tables.wide[0, :, :, 0::2] + tables.wide[0, :, :, 1::2]) / 2, atol=1e-6)
+    laid = on_grid(tables.means()[[tables.wide_from]], tables.wide.shape[-1])
+    assert torch.equal(laid[0, :, :, 0], laid[0, :, :, 1]) and laid.shape[-1] == 2 * laid.shape[-2]
+
+
+def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
+    few = Plan(steps=8, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
+    torch.manual_seed(0)
+    eye = train_image_encoder(tmp_path, pictures, new_image_encoder(), few, batch=16)
+    vae = train_autoencoder(tmp_path, pictures, new_autoencoder(), few, batch=8)
+    fusion = train_fusion(tmp_path, pictures, tables, new_fusion(tables), few, batch=32)
+    vae = train_decoder(tmp_path, pictures, tables, fusion, eye, vae, few, batch=8)
+    unet = new_generator(*tables.grid_and_channels)
+    train_generator(tmp_path, pictures, tables, fusion, unet, few, batch=8)
+    for stage in ("vision", "autoencoder", "fusion", "decoder", "generator"):
+        head, *rows = (tmp_path / f"{stage}-curve.csv").read_text().splitlines()
+        assert all(math.isfinite(float(value)) for row in rows for value in row.split(",")), (stage, head)
+    assert bool(unet.conv_out.weight.any())
+    assert torch.isfinite(fusion(torch.randn(1, 512), None)).all()
+
+
+def test_an_encoder_made_longer_says_of_short_texts_what_it_said(shipped: Checkpoint, warm: ModelCache):
+    with shipped.use(warm, "text_encoder") as encoder, torch.inference_mode():
+        ids = torch.tensor([[2, 100, 200, 3]])
+        before = encoder(input_ids=ids).text_embeds
+        longer = lengthened(deepcopy(encoder), 60).eval()
+        assert torch.equal(longer(input_ids=ids).text_embeds, before)
+        assert longer(input_ids=torch.full((1, 60), 5)).text_embeds.isfinite().all()
