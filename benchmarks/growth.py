@@ -3,11 +3,13 @@
 Pictures: 1 to 16 at once of the small model, whose weights ship with the pack. Sizes: 256 to 1024 pixels a side, in
 pixels, of a Stable Diffusion with random weights and a fraction of its width, which draws them by the same code; on a
 GPU of full width in half precision. Memory is the peak of the run over what was held before, by torch's allocator on a
-GPU; on a CPU, of a process of its own for each amount, by the operating system.
+GPU; on a CPU, of a process of its own for the least, the middle and the most, by the operating system.
 ``python -m benchmarks growth`` prints one JSON line last.
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import subprocess
 import sys
@@ -32,12 +34,13 @@ from ._harness import (
 COUNTS = (1, 2, 4, 8, 16)
 SIDES = (256, 384, 512, 768, 1024)
 AIM = 1.0
+SD15 = ROOT / "pipeline" / "configs" / "sd15" / "unet"
 SLACK = 0.03  # of a fit through five medians
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks growth", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--memory", nargs=3, metavar=("FOLDER", "COUNT", "SIDE"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.memory:
@@ -63,23 +66,49 @@ def measure(work: Path, repeats: int) -> Result:
         aim=f"<= {AIM:g} (linear)",
         met=worst <= AIM + SLACK,
         pictures=pictures | {"count": list(COUNTS)},
-        sizes=sizes | {"side": list(SIDES)},
+        sizes=sizes
+        | {
+            "side": list(SIDES),
+            "arithmetic_exponent": _arithmetic_exponent(sized / "unet"),
+            "arithmetic_exponent_sd15": _arithmetic_exponent(SD15),
+        },
     )
 
 
 def _grown(folder: Path, jobs: Sequence[tuple[int, int]], repeats: int, amounts: Sequence[float]) -> Result:
     draw = _drawing(folder)
     turns: dict[str, Callable[[], float]] = {str(job): lambda job=job: wall(lambda: draw(*job)) for job in jobs}
-    spent = medians(interleaved(turns, repeats))
+    draw(*jobs[0])
+    spent = medians(interleaved(turns, repeats, warm_up=0))
     told(f"memory of {folder.name}, each in a process of its own")
-    memory = [_apart(folder, count, side) for count, side in jobs]
+    measured = slice(None, None, len(jobs) // 2)  # a process takes seconds to begin
+    memory = [_apart(folder, count, side) for count, side in jobs[measured]]
     seconds = [spent[str(job)] for job in jobs]
     return {
         "time_exponent": fitted_exponent(amounts, seconds),
-        "memory_exponent": fitted_exponent(amounts, memory),
+        "memory_exponent": fitted_exponent(amounts[measured], memory),
         "seconds": seconds,
-        "megabytes": [each / 2**20 for each in memory],
+        "megabytes": dict(zip(map(str, jobs[measured]), [each / 2**20 for each in memory], strict=True)),
     }
+
+
+def _arithmetic_exponent(config: dict[str, Any] | str | Path) -> float:
+    """Of the UNet's operations over the same sizes, as torch counts them on its meta device: attention is quadratic."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    read = json.loads((Path(config) / "config.json").read_text("utf-8")) if not isinstance(config, dict) else config
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(read)
+        costs = []
+        for side in SIDES:
+            latents = torch.zeros(1, unet.config.in_channels, side // 8, side // 8)
+            tokens = torch.zeros(1, 77, unet.config.cross_attention_dim)
+            with FlopCounterMode(display=False) as counter, torch.inference_mode():
+                unet(latents, torch.zeros(1), encoder_hidden_states=tokens)
+            costs.append(float(counter.get_total_flops()))
+    return fitted_exponent([float(side * side) for side in SIDES], costs)
 
 
 def _drawing(folder: Path) -> Callable[[int, int], Any]:
@@ -98,7 +127,7 @@ def _drawing(folder: Path) -> Callable[[int, int], Any]:
 
     def draw(count: int, side: int) -> Any:
         return generate(
-            cache, checkpoint, condition, seed=1, num_inference_steps=2, width=side, height=side, batch_size=count
+            cache, checkpoint, condition, seed=1, num_inference_steps=1, width=side, height=side, batch_size=count
         )
 
     return draw
@@ -116,6 +145,10 @@ def _memory_of(folder: Path, count: int, side: int) -> dict[str, int]:
 
     draw = _drawing(folder)
     draw(1, 64)
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # glibc's: what is free is given back, or it would not be counted
+        ctypes.CDLL(None).malloc_trim(0)
     held = torch.cuda.memory_allocated() if has_gpu() else 0  # on a CPU the report counts from the run's start
     peak = draw(count, side).report.peak_bytes
     if peak is None:
@@ -140,7 +173,7 @@ def _save_narrow(folder: Path) -> Path:
         num_attention_heads=12 // min(narrow, 4), bos_token_id=49406, eos_token_id=49407,
     )  # fmt: skip
     unet: dict[str, Any] = {
-        "sample_size": 64, "cross_attention_dim": width, "attention_head_dim": 8,
+        "sample_size": 64, "cross_attention_dim": width, "attention_head_dim": 8 // narrow,  # heads, in truth
         "block_out_channels": tuple(channels // narrow for channels in (320, 640, 1280, 1280)),
         "norm_num_groups": 32 // narrow,
     }  # fmt: skip
