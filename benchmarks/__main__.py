@@ -49,7 +49,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=list(SPEED), default=list(SPEED), help="these measures alone")
     parser.add_argument("--within", type=float, default=WITHIN, help="seconds for all; what is left out is told")
-    parser.add_argument("--write", action="store_true", help="put the results into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put them into docs/benchmarks.md; others stay")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
         results = measure([name for name in chosen.only if name in found], chosen.within, Path(base))

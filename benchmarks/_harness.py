@@ -264,19 +264,23 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_page(results: Mapping[str, Result], about: Mapping[str, Any], page: Path = PAGE) -> None:
-    """Replace the results on the page, between its two marks, and leave all other words as they are."""
+    """Replace the results on the page, between its two marks, and leave all other words as they are.
+
+    All results are kept beside the page, as JSON; a measure that was not run this time keeps what it had there.
+    """
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise ValueError(f"expected {BEGIN} and {END} in {page}, found not both")
+    kept = page.with_suffix(".json")
+    earlier = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    fresh = {name: one for name, one in results.items() if "error" not in one or name not in earlier}
+    results = earlier | fresh
     on = ", ".join(f"{name} {value}" for name, value in about.items())
-    further = {name: {key: value for key, value in one.items() if key not in _SHOWN} for name, one in results.items()}
-    details = "\n".join(f"- `{name}`: `{json.dumps(one)}`" for name, one in further.items() if one)
-    body = f"{BEGIN}\n\nMeasured on: {on}.\n\n{as_markdown(table(results))}\n\nFurther figures:\n\n{details}\n\n{END}"
+    further = f"All rounds and further figures: [{kept.name}]({kept.name})."
+    body = f"{BEGIN}\n\nMeasured on: {on}.\n\n{as_markdown(table(results))}\n\n{further}\n\n{END}"
     text = before + body + after
-    beside = page.with_suffix(".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(page)
-
-
-_SHOWN = {"ours", "host", "diffusers", "unit", "ratio", "aim", "met"}
+    for target, content in ((page, text), (kept, json.dumps(results, indent=1) + "\n")):
+        beside = target.with_suffix(".part")
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(target)
