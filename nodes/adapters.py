@@ -5,6 +5,7 @@ from ..pipeline.adapters.ip_adapter import open_ip_adapter, show_picture
 from ..pipeline.adapters.lora import open_lora
 from ..pipeline.vision.image_encoders import open_image_encoder
 from .choices import check_choice
+from .described import described_once
 from .host import io, model_cache, weights_digests
 from .images import to_pixels
 from .model_files import fingerprint, model_names, model_path
@@ -16,6 +17,7 @@ NONE, OWN = "none", "model"
 
 class DuetLoadLora(io.ComfyNode):
     @classmethod
+    @described_once(lambda: _loras())
     def define_schema(cls):
         return io.Schema(
             node_id="DuetLoadLora",
@@ -67,6 +69,7 @@ class DuetLoadLora(io.ComfyNode):
 
 class DuetIPAdapter(io.ComfyNode):
     @classmethod
+    @described_once(lambda: _ip_adapters(), lambda: _encoders())
     def define_schema(cls):
         return io.Schema(
             node_id="DuetIPAdapter",

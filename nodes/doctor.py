@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ..pipeline.doctor.examination import Report, examine_folder, examine_memory, examine_workflow
 from .choices import check_choice
+from .described import described_once
 from .host import diffusers_folder, diffusers_names, installed_nodes, io, model_cache, model_folders
 from .language_files import language_roots
 from .stages import stage
@@ -14,6 +15,7 @@ NO_MODEL = "none"
 
 class DuetDoctor(io.ComfyNode):
     @classmethod
+    @described_once(diffusers_names)
     def define_schema(cls):
         return io.Schema(
             node_id="DuetDoctor",

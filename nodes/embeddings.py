@@ -8,6 +8,7 @@ from ..nodes import sockets
 from ..pipeline.conditioning import FusedConditioning, ImageFeatures, PromptEmbeds
 from ..pipeline.doctor.model_folders import stays_inside
 from ..pipeline.store.embedding_files import Embeddings, read_embeddings, write_embeddings
+from .described import described_once
 from .host import ExecutionBlocker, io, picture_folder  # pyright: ignore[reportAttributeAccessIssue]
 from .stages import stage
 
@@ -21,6 +22,7 @@ _KINDS = {PromptEmbeds: "prompt embeds", ImageFeatures: "image features", FusedC
 
 class DuetSaveEmbeddings(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetSaveEmbeddings",
@@ -56,6 +58,7 @@ class DuetSaveEmbeddings(io.ComfyNode):
 
 class DuetLoadEmbeddings(io.ComfyNode):
     @classmethod
+    @described_once(lambda: _files())
     def define_schema(cls):
         return io.Schema(
             node_id="DuetLoadEmbeddings",

@@ -4,6 +4,7 @@ from ..nodes import sockets
 from ..pipeline.fusing.token_fusion import open_token_adapter
 from ..pipeline.fusion import fuse
 from .choices import check_choice
+from .described import described_once
 from .host import io, model_cache, weights_digests
 from .model_files import fingerprint, model_names, model_path
 from .stages import stage
@@ -14,6 +15,7 @@ NO_WEIGHTS = "none"
 
 class DuetFuse(io.ComfyNode):
     @classmethod
+    @described_once(lambda: model_names("style_models"))
     def define_schema(cls):
         return io.Schema(
             node_id="DuetFuse",

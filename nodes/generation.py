@@ -11,6 +11,7 @@ from ..pipeline.finishing import finish_picture
 from ..pipeline.generation import OnStep, Preview, generate
 from ..pipeline.speed_plan import EXACT, SpeedPlan
 from .choices import check_choice
+from .described import described_once
 from .host import io, model_cache
 from .host import steps as host_steps
 from .host.progress import previews_wanted
@@ -25,6 +26,7 @@ FITS = ["crop", "pad", "stretch"]
 
 class DuetGenerate(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetGenerate",
@@ -128,6 +130,7 @@ class DuetGenerate(io.ComfyNode):
 
 class DuetFinishImage(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetFinishImage",

@@ -11,6 +11,7 @@ from ..pipeline.direct_prompt import (
     direct_prompt,
 )
 from .choices import check_choice
+from .described import described_once
 from .host import io, model_cache, text_progress
 from .language_files import NO_MODEL, fingerprint, language_names, open_named
 from .stages import stage
@@ -21,6 +22,7 @@ MODEL_FOLDERS = "models/LLM or models/text_encoders"
 
 class DuetDirectPrompt(io.ComfyNode):
     @classmethod
+    @described_once(language_names)
     def define_schema(cls):
         return io.Schema(
             node_id="DuetDirectPrompt",

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..pipeline.checkpoints import Checkpoint, open_checkpoint
+from ..pipeline.files.listings import Entries
 from ..pipeline.files.single_file import fitting_files
 from ..pipeline.mini import MODEL_FOLDER
 from .host import diffusers_folder, diffusers_names, weights_digests
+from .host.folders import listings
 from .model_files import model_names, model_path
 
 BUILT_IN = "duet-mini (built in)"
@@ -51,9 +53,19 @@ def files_of(model: str, encoders: Iterable[str], vae: str) -> list[Path]:
     """Every file that a choice depends on, in an order that stays; those that are looked through are among them."""
     path = path_of(model)
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in (".json", _ENDING))
+        return list(listings().found(("files", path), lambda entries: _files_below(path, entries)))
     given = [model_path("text_encoders", name) for name in encoders if name != AUTOMATIC]
     return [path, *given, *([model_path("vae", vae)] if vae != AUTOMATIC else []), *_candidates()]
+
+
+def _files_below(folder: Path, entries: Entries) -> list[Path]:
+    """Links to folders are not followed."""
+    found, waiting = [], [str(folder)]
+    while waiting:
+        inside = entries(waiting.pop())
+        waiting += [entry.path for entry in inside if entry.is_dir(follow_symlinks=False)]
+        found += [Path(entry.path) for entry in inside if entry.name.endswith((".json", _ENDING))]
+    return sorted(found)
 
 
 def _candidates() -> list[Path]:

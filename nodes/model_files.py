@@ -1,31 +1,38 @@
 """Model files and folders of one of the host's kinds, such as clip_vision, by the names that a combo lists."""
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .host.folders import folders_of
+from ..pipeline.files.listings import Entries
+from .host.folders import folders_of, listings
 
 _DEEPEST, _MOST_LISTED, _LONGEST_NAME = 3, 1000, 200
 
 
 def model_names(kind: str) -> list[str]:
     """Folders that hold a config.json, and .safetensors files outside of them, three folders deep."""
+    roots = folders_of(kind)
+    return list(listings().found(("models", roots), lambda entries: _model_names(roots, entries)))
+
+
+def _model_names(roots: Iterable[str], entries: Entries) -> list[str]:
     names: set[str] = set()
-    for root in folders_of(kind):
-        waiting = [(root, 0)]
+    for root in roots:
+        waiting = [(root, "", 0)]
         while waiting and len(names) < _MOST_LISTED:
-            folder, depth = waiting.pop()
-            try:
-                entries = sorted(folder.iterdir())
-            except OSError:  # not there, or not ours to read
+            folder, name, depth = waiting.pop()
+            inside = entries(folder)
+            if depth and any(entry.name == "config.json" for entry in inside):
+                names.add(name.rstrip("/"))
                 continue
-            if depth and any(entry.name == "config.json" for entry in entries):
-                names.add(folder.relative_to(root).as_posix())
-                continue
-            files = [entry for entry in entries if entry.suffix == ".safetensors" and entry.is_file()]
-            names.update(file.relative_to(root).as_posix() for file in files)
+            names.update(name + entry.name for entry in inside if _is_model(entry.name) and entry.is_file())
             if depth < _DEEPEST:
-                waiting.extend((entry, depth + 1) for entry in entries if entry.is_dir())
+                waiting.extend((entry.path, f"{name}{entry.name}/", depth + 1) for entry in inside if entry.is_dir())
     return sorted(names)
+
+
+def _is_model(name: str) -> bool:
+    return PurePosixPath(name).suffix == ".safetensors"
 
 
 def model_path(kind: str, name: str) -> Path:
@@ -38,7 +45,7 @@ def model_path(kind: str, name: str) -> Path:
         raise ValueError(f"expected a name in models/{kind}, got {shown!r}")
     if PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute() or ".." in PureWindowsPath(name).parts:
         raise ValueError(f"{shown!r} leads out of models/{kind}: expected a name inside")
-    roots = [root.resolve() for root in folders_of(kind)]
+    roots = [Path(root).resolve() for root in folders_of(kind)]
     for root in roots:
         path = (root / name).resolve()
         if root not in path.parents:

@@ -1,8 +1,11 @@
 """Which model is used, and what the shared cache holds."""
 
+import functools
+
 from ..nodes import sockets
 from .cache_report import cache_as_json, cache_as_text
 from .choices import check_choice
+from .described import described_once
 from .host import io, model_cache
 from .model_choice import AUTOMATIC, BUILT_IN, file_names, files_of, model_choices, open_choice
 from .stages import stage
@@ -19,6 +22,7 @@ ACTIONS = ["report", "unload"]
 
 class DuetLoadModel(io.ComfyNode):
     @classmethod
+    @described_once(model_choices, *(functools.partial(file_names, kind) for kind in dict.fromkeys(FURTHER.values())))
     def define_schema(cls):
         return io.Schema(
             node_id="DuetLoadModel",
@@ -79,7 +83,8 @@ class DuetLoadModel(io.ComfyNode):
         if model is None or vae is None or None in encoders:  # it comes from another node, and is not known yet: run
             return float("nan")
         files = files_of(model, [name for name in encoders if name is not None], vae)
-        return repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+        statuses = [(str(path), path.stat()) for path in files]
+        return repr([(path, status.st_size, status.st_mtime_ns) for path, status in statuses])
 
     @classmethod
     def execute(
@@ -97,6 +102,7 @@ class DuetLoadModel(io.ComfyNode):
 
 class DuetModelCache(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetModelCache",

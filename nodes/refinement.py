@@ -3,6 +3,7 @@
 from ..nodes import sockets
 from ..pipeline.curves import draw_curve
 from ..pipeline.refinement import OnStep, Preview, refine
+from .described import described_once
 from .host import io, model_cache, ui  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
 from .host import steps as host_steps
 from .images import to_image, to_pil
@@ -11,6 +12,7 @@ from .stages import stage
 
 class DuetRefine(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetRefine",

@@ -9,6 +9,7 @@ from ..nodes import sockets
 from ..pipeline.acceleration.measuring import Likeness, psnr, ssim
 from ..pipeline.conditioning import GenerationReport
 from ..pipeline.residency import megabytes
+from .described import described_once
 from .host import io
 from .images import to_opaque
 from .stages import stage
@@ -18,6 +19,7 @@ Measured = tuple[Likeness, Likeness]  # PSNR and SSIM
 
 class DuetReport(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetReport",

@@ -2,6 +2,7 @@
 
 import torch
 
+from .described import described_once
 from .host import io, picture_place, picture_saver, picture_texts
 from .images import to_pixels
 from .stages import stage
@@ -9,6 +10,7 @@ from .stages import stage
 
 class DuetSavePictures(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetSavePictures",

@@ -20,6 +20,7 @@ from ..pipeline.speed_plan import (
     SpeedPlan,
 )
 from .choices import check_choice
+from .described import described_once
 from .host import io
 from .model_files import fingerprint, model_names, model_path
 from .stages import stage
@@ -42,6 +43,7 @@ _FIELDS = {"steps": "num_inference_steps"}
 
 class DuetSpeedPlan(io.ComfyNode):
     @classmethod
+    @described_once(lambda: _decoders())
     def define_schema(cls):
         return io.Schema(
             node_id="DuetSpeedPlan",

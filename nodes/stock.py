@@ -4,6 +4,7 @@ from ..nodes import inputs, sockets
 from ..pipeline.fusion import fuse
 from ..pipeline.stock import image_features_from
 from .choices import check_choice
+from .described import described_once
 from .host import clip_vision_output, io, model_cache
 from .stages import stage
 from .stock_objects import DuetClip, DuetVae, from_conditionings, to_conditionings
@@ -13,6 +14,7 @@ LAYERS = ["last_hidden_state", "penultimate_hidden_states"]
 
 class DuetModelToStock(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetModelToStock",
@@ -33,6 +35,7 @@ class DuetModelToStock(io.ComfyNode):
 
 class DuetConditionToStock(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetConditionToStock",
@@ -70,6 +73,7 @@ class DuetConditionToStock(io.ComfyNode):
 
 class DuetConditionFromStock(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetConditionFromStock",
@@ -105,6 +109,7 @@ class DuetConditionFromStock(io.ComfyNode):
 
 class DuetEmbedTextByClip(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetEmbedTextByClip",
@@ -140,6 +145,7 @@ class DuetEmbedTextByClip(io.ComfyNode):
 
 class DuetFeaturesFromStock(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetFeaturesFromStock",
@@ -180,6 +186,7 @@ class DuetFeaturesFromStock(io.ComfyNode):
 
 class DuetFeaturesToStock(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetFeaturesToStock",

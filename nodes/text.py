@@ -8,6 +8,7 @@ from ..pipeline.store.recall import recalled
 from ..pipeline.text.text_encoders import encode_text, open_text_encoder
 from ..pipeline.text_encoder import encode_prompt
 from .choices import check_choice
+from .described import described_once
 from .host import embedding_store, io, model_cache, weights_digests
 from .model_files import fingerprint, model_names, model_path
 from .stages import stage
@@ -17,6 +18,7 @@ NO_ENCODER = "none in models/text_encoders"
 
 class DuetEmbedText(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetEmbedText",
@@ -52,6 +54,7 @@ class DuetEmbedText(io.ComfyNode):
 
 class DuetTextEncoder(io.ComfyNode):
     @classmethod
+    @described_once(lambda: _encoders())
     def define_schema(cls):
         return io.Schema(
             node_id="DuetTextEncoder",

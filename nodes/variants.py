@@ -7,6 +7,7 @@ from ..pipeline.contact_sheet import contact_sheet
 from ..pipeline.grid import Cell, draw_grid, draw_variants, read_prompts, read_strengths
 from ..pipeline.speed_plan import EXACT
 from .choices import check_choice
+from .described import described_once
 from .fusion import METHODS
 from .generation import report_steps
 from .host import embedding_store, io, model_cache
@@ -19,6 +20,7 @@ MOST_SEEDS = 1024
 
 class DuetVariants(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetVariants",
@@ -94,6 +96,7 @@ class DuetVariants(io.ComfyNode):
 
 class DuetGrid(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetGrid",

@@ -6,6 +6,7 @@ from ..pipeline.image_preparation import Augmentation, prepare_image
 from ..pipeline.store.recall import recalled
 from ..pipeline.vision.image_encoders import ImageEncoder, open_image_encoder
 from .choices import check_choice
+from .described import described_once
 from .host import embedding_store, io, model_cache, weights_digests
 from .images import to_image, to_mask, to_pixels
 from .model_files import fingerprint, model_names, model_path
@@ -21,6 +22,7 @@ MASK_TOOLTIP = "Where the picture does not count: 1 where it is transparent, as 
 
 class DuetPrepareImage(io.ComfyNode):
     @classmethod
+    @described_once()
     def define_schema(cls):
         return io.Schema(
             node_id="DuetPrepareImage",
@@ -105,6 +107,7 @@ class DuetPrepareImage(io.ComfyNode):
 
 class DuetImageFeatures(io.ComfyNode):
     @classmethod
+    @described_once(lambda: model_names("clip_vision"))
     def define_schema(cls):
         return io.Schema(
             node_id="DuetImageFeatures",

@@ -2,27 +2,41 @@
 
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
 
-import os
+import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
 
+from ...pipeline.files.listings import Entries, Listings
 from ...pipeline.files.names import check_name
 
 _DEEPEST = 3  # folders below models/diffusers in which a model is looked for
 
 
+@functools.cache
+def listings() -> Listings:
+    """What lies in this host's folders of models."""
+    return Listings()
+
+
 def diffusers_names() -> list[str]:
     """The models in the host's models/diffusers folders, as names for ``diffusers_folder``."""
+    roots = tuple(folder_paths.get_folder_paths("diffusers"))
+    return list(listings().found(("diffusers", roots), lambda entries: _diffusers_names(roots, entries)))
+
+
+def _diffusers_names(roots: Iterable[str], entries: Entries) -> list[str]:
     names = set()
-    for root in folder_paths.get_folder_paths("diffusers"):
-        for folder, subfolders, files in os.walk(root):
-            relative = Path(folder).relative_to(root)
-            if "model_index.json" in files and relative.parts:
-                names.add(relative.as_posix())
-                subfolders.clear()
-            if len(relative.parts) == _DEEPEST:
-                subfolders.clear()
+    waiting = [(root, "", 0) for root in roots]
+    while waiting:
+        folder, name, depth = waiting.pop()
+        inside = entries(folder)
+        if depth and any(entry.name == "model_index.json" and not entry.is_dir() for entry in inside):
+            names.add(name)
+        elif depth < _DEEPEST:
+            below = [entry for entry in inside if entry.is_dir(follow_symlinks=False)]
+            waiting += [(entry.path, f"{name}/{entry.name}".lstrip("/"), depth + 1) for entry in below]
     return sorted(names)
 
 
@@ -46,11 +60,11 @@ def diffusers_folder(name: str) -> Path:
     raise ValueError(f"no model {name!r}: expected {expected}; found {', '.join(diffusers_names()) or 'no models'}")
 
 
-def folders_of(kind: str) -> list[Path]:
+def folders_of(kind: str) -> tuple[str, ...]:
     """Where the host keeps models of one kind; none for a kind that it does not know."""
     if kind not in folder_paths.folder_names_and_paths:
-        return model_folders().get(kind, [])
-    return [Path(root) for root in folder_paths.folder_names_and_paths[kind][0]]
+        return tuple(map(str, model_folders().get(kind, [])))
+    return tuple(folder_paths.folder_names_and_paths[kind][0])
 
 
 def model_folders() -> dict[str, list[Path]]:

@@ -12,6 +12,7 @@ traceback, or null where it passed.
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import traceback
 import types
@@ -290,6 +291,37 @@ def check_newer_schema_arguments_are_left_out():
     assert schema.inputs[0].default == 4
     assert schema.inputs[1].io_type == "DUET_TEST"
     assert issubclass(pack.nodes.NODES[0], api.host_io.ComfyNode)
+
+
+def check_nodes_describe_themselves_once_and_anew_for_a_new_file():
+    models = SCRATCH / "models"
+    for kind in ("checkpoints", "clip_vision", "diffusers", "ipadapter", "LLM", "loras", "style_models"):
+        (models / kind).mkdir(parents=True, exist_ok=True)
+    for kind in ("text_encoders", "vae", "vae_approx"):
+        (models / kind).mkdir(parents=True, exist_ok=True)
+    for folder in [models, *models.rglob("*")]:
+        os.utime(folder, (0, 0))  # as if nothing had happened there for years
+    described = {node: node.INPUT_TYPES() for node in pack.nodes.NODES}
+    schemas = {node: node.define_schema() for node in pack.nodes.NODES}
+    assert all(node.define_schema() is schema for node, schema in schemas.items())
+    for folder in [folder for folder in models.iterdir() if folder.is_dir()]:
+        (folder / "new").mkdir()
+        for name in ("config.json", "model_index.json", "tokenizer.json"):
+            (folder / "new" / name).write_text("{}")
+        (folder / "new.safetensors").touch()
+    (SCRATCH / "input/new.safetensors").parent.mkdir(exist_ok=True)
+    (SCRATCH / "input/new.safetensors").touch()
+    changed = set()
+    for node, before in described.items():
+        fresh = node.define_schema.__func__.__wrapped__(node)
+        fresh.finalize()
+        now = node.INPUT_TYPES()
+        assert now == fresh.get_v1_info(node).input, f"{node.__name__} does not notice a new file"
+        changed |= {node.__name__} if now != before else set()
+    assert changed == {
+        "DuetDirectPrompt", "DuetDoctor", "DuetFuse", "DuetIPAdapter", "DuetImageFeatures", "DuetLoadEmbeddings",
+        "DuetLoadLora", "DuetLoadModel", "DuetSpeedPlan", "DuetTextEncoder",
+    }  # fmt: skip
 
 
 def main() -> None:
