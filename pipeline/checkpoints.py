@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -52,6 +53,9 @@ class Checkpoint:
     index: Path
     adapters: tuple[Adapter, ...] = ()
     digests: Digests = field(default_factory=Digests, repr=False, compare=False)
+    _keys: dict[tuple[str, torch.dtype], tuple[Any, ModelKey]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _tokenizers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _schedulers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -70,7 +74,16 @@ class Checkpoint:
         part = self._component(component)
         if not part.weights:
             raise CheckpointError(f"{part.folder}: expected a component with weights, found a {part.class_name}")
-        return key_of(part.weights, component, dtype or torch.float32, self.digests.of(part))
+        dtype = dtype or torch.float32
+        # Several times in each run: while all files are the very same, so is the key.
+        lies = _status((part.config, *part.weights))
+        known = self._keys.get((component, dtype))
+        if known is not None and known[0] == lies:
+            return known[1]
+        key = key_of(part.weights, component, dtype, self.digests.of(part))
+        if lies is not None:
+            self._keys[component, dtype] = lies, key
+        return key
 
     def build(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
         """Read the component's weights to the CPU, in eval mode and without gradients. dtype: float32 unless given.
@@ -218,6 +231,15 @@ def _from_pretrained(part: Component, dtype: torch.dtype) -> nn.Module:
             f"shape, the first being {lacking[0]}"
         )
     return module
+
+
+def _status(paths: Sequence[Path]) -> list[tuple[int, ...]] | None:
+    """What changes as soon as one of them is another file, or written to; None where one is not there."""
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError:
+        return None
+    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
 
 
 def _read(part: Component, from_pretrained: Any) -> Any:
