@@ -9,6 +9,7 @@ them. There the pixels are gathered and multiplied by the weights as they lie (i
 """
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -20,15 +21,21 @@ _FEWEST_WEIGHTS = 2**22  # 16 MB: those below fit a processor's cache, and layin
 _FEWEST_DOUBLED = 2**19  # weights of a doubling's convolution, below which there is nothing to gain
 _FEWEST_PIXELS = 1024  # of a plane that is doubled, below which adding up the weights costs what it saves
 
+# Seen to have no convolution of either kind, so that small models are not walked through in every run.
+_as_they_are: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
 
 def fitted_to_cpu(module: Any) -> Any:
     """A view of a UNet or decoder whose convolutions suit a CPU, around the very same parameters; else the module.
 
     The view is for one run: weights that it has added up live as long as it does.
     """
-    if next(module.parameters()).device.type != "cpu":
+    if module in _as_they_are or next(module.parameters()).device.type != "cpu":
         return module
-    return _fitted(module, {})
+    view = _fitted(module, {})
+    if view is module:
+        _as_they_are.add(module)
+    return view
 
 
 def _fitted(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:

@@ -117,3 +117,12 @@ def test_a_hook_on_the_convolution_is_heard(small_limits: None):
 def test_others_stay_as_they_are(small_limits: None, layer: nn.Module):
     model = nn.Sequential(layer)
     assert fitted_to_cpu(model) is model
+
+
+def test_a_model_that_has_nothing_to_fit_is_walked_through_once(monkeypatch: pytest.MonkeyPatch):
+    plain = unet()
+    assert fitted_to_cpu(plain) is plain
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu_convolutions, "_fitted", lambda *_: pytest.fail("expected no second walk"))
+        assert fitted_to_cpu(plain) is plain
+    assert fitted_to_cpu(unet()) is not plain
