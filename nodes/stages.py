@@ -39,7 +39,7 @@ class Stage:
 def stage(node: str, name: str) -> Iterator[Stage]:
     """Time the block and put the node's name before what an error about the input or the numbers says."""
     running = Stage(name)
-    before = model_cache().stats()
+    hits, misses = model_cache().uses()
     start = time.perf_counter()
     try:
         yield running
@@ -50,8 +50,8 @@ def stage(node: str, name: str) -> Iterator[Stage]:
     except torch.OutOfMemoryError as error:
         raise OutOfDeviceMemory(f"{node}: {error}") from error
     running.milliseconds = (time.perf_counter() - start) * 1000
-    after = model_cache().stats()
-    if after.misses > before.misses:
+    hits_after, misses_after = model_cache().uses()
+    if misses_after > misses:
         running.model = "loaded"
-    elif after.hits > before.hits:
+    elif hits_after > hits:
         running.model = "warm"

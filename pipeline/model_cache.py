@@ -175,6 +175,11 @@ class ModelCache:
                 tuple(self._recent_evictions),
             )
 
+    def uses(self) -> tuple[int, int]:
+        """Hits and misses since the cache was made: of ``stats``, what is asked for around every block."""
+        with self._table:
+            return self._hits, self._misses
+
     def _pin(self, key: ModelKey, build: Callable[[], nn.Module]) -> _Entry:
         with self._table:
             self._table.wait_for(lambda: key not in self._building)

@@ -1,5 +1,6 @@
 """What a run costs: time by stage, uses of the cache, bytes of models, the most memory. Measured, not reckoned."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from ..model_cache import ModelCache, ModelKey
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_LINES = re.compile(rb"^(VmRSS|VmHWM):\s*(\d+) kB", re.MULTILINE)
 _BEGUN_WITHIN = 2**24
 """Bytes by which a maximum begun anew may lie above what is resident: other threads go on meanwhile."""
 
@@ -20,7 +22,7 @@ class Meter:
     def __init__(self, cache: ModelCache) -> None:
         self.milliseconds: dict[str, float] = {}
         self._cache = cache
-        self._before = cache.stats()
+        self._before = cache.uses()
         self._used: dict[ModelKey, int] = {}
         self._memory = _memory_before(cache.residency.device)
 
@@ -31,13 +33,13 @@ class Meter:
         self.milliseconds[name] = self.milliseconds.get(name, 0.0) + 1000 * (time.perf_counter() - started)
         # Now, since a model may be dropped before the run ends.
         stats = self._cache.stats()
-        uses, before = stats.hits + stats.misses, self._before.hits + self._before.misses
+        uses, before = stats.hits + stats.misses, sum(self._before)
         self._used |= {entry.key: entry.bytes for entry in stats.entries if uses - entry.idle > before}
 
     def uses(self) -> tuple[int, int]:
         """Models that were at hand, and that were read; of every run, should several be under way."""
-        stats = self._cache.stats()
-        return stats.hits - self._before.hits, stats.misses - self._before.misses
+        hits, misses = self._cache.uses()
+        return hits - self._before[0], misses - self._before[1]
 
     def model_bytes(self) -> int:
         return sum(self._used.values())
@@ -49,7 +51,7 @@ class Meter:
             return torch.cuda.max_memory_allocated(device)
         if device.type != "cpu" or self._memory is None:
             return None
-        peak = _resident("VmHWM")
+        peak = _resident().get("VmHWM")
         return None if peak is None else max(0, peak - self._memory)
 
 
@@ -63,15 +65,16 @@ def _memory_before(device: torch.device) -> int | None:
         _RESET.write_text("5", encoding="ascii")
     except OSError:
         return None
-    before, peak = _resident("VmRSS"), _resident("VmHWM")
+    resident = _resident()
+    before, peak = resident.get("VmRSS"), resident.get("VmHWM")
     # A kernel that took the word and kept the old maximum would have us report the largest run there ever was.
     return None if before is None or peak is None or peak - before > _BEGUN_WITHIN else before
 
 
-def _resident(name: str) -> int | None:
+def _resident() -> dict[str, int]:
+    """Bytes by the kernel's own names, VmRSS now and VmHWM at most; either is left out where it does not tell."""
     try:
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        told = _STATUS.read_bytes()
     except OSError:
-        return None
-    found = next((line for line in lines if line.startswith(f"{name}:")), None)
-    return None if found is None else 1024 * int(found.split()[1])
+        return {}
+    return {name.decode("ascii"): 1024 * int(count) for name, count in _LINES.findall(told)}
