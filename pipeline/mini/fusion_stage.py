@@ -159,7 +159,7 @@ def on_grid(tokens: Tensor, columns: int) -> Tensor:
 def new_fusion(tables: Tables) -> FusionNetwork:
     """It begins with the mean of all pictures for an answer."""
     grid, channels = tables.grid_and_channels
-    network = FusionNetwork(gated=True, grid=grid, channels=channels)
+    network = FusionNetwork(hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels)
     with torch.no_grad():
         network.exit.bias.copy_(tables.means().mean(0).flatten())
     return network
