@@ -163,7 +163,7 @@ class Checkpoint:
         if not self._schedulers:
             part = self._component("scheduler")
             self._schedulers["scheduler"] = _read(part, part.load_class().from_pretrained)
-        return copy.deepcopy(self._schedulers["scheduler"])
+        return fresh_scheduler(self._schedulers["scheduler"])
 
     def _component(self, name: str) -> Component:
         if name not in self.components:
@@ -231,6 +231,16 @@ def _from_pretrained(part: Component, dtype: torch.dtype) -> nn.Module:
             f"shape, the first being {lacking[0]}"
         )
     return module
+
+
+def fresh_scheduler(scheduler: Any) -> Any:
+    """A copy that shares nothing with it but the configuration, which is never changed in place.
+
+    What ``copy.deepcopy`` gives, in a fraction of the time, since it need not take storages of tensors apart.
+    """
+    held = vars(scheduler).values()
+    known: dict[int, Any] = {id(each): each.clone() for each in held if isinstance(each, torch.Tensor)}
+    return copy.deepcopy(scheduler, known | {id(scheduler.config): scheduler.config})
 
 
 def _status(paths: Sequence[Path]) -> list[tuple[int, ...]] | None:

@@ -1,7 +1,6 @@
 """FusedConditioning -> pictures: a few denoising steps, then the decoder, as a speed plan has them."""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -12,7 +11,7 @@ from .acceleration.applied import Applied, Decoders, decoder_precision, open_dec
 from .acceleration.measuring import psnr, ssim
 from .acceleration.schedules import Schedule, schedule_for
 from .acceleration.work import Work
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, fresh_scheduler
 from .conditioning import FusedConditioning, GenerationReport, Pictures
 from .denoising.batches import kept_outside, on_device, source_for, together
 from .denoising.checks import check_channels, check_numbers, check_sigmas, check_space
@@ -154,7 +153,7 @@ def _denoised(task: _Task, plan: SpeedPlan, decoders: Decoders, applied: Applied
     cache, checkpoint, conditioning = task.cache, task.checkpoint, task.conditioning
     family, frame, source, schedule = checkpoint.family, task.frame, task.source, task.schedule
     name = "unet" if checkpoint.has("unet") else "transformer"
-    scheduler = deepcopy(schedule.scheduler)  # since it counts its steps
+    scheduler = fresh_scheduler(schedule.scheduler)  # since it counts its steps
     steps = schedule.num_inference_steps
     if task.sigmas is None and (plan.unet_cache > 1 or plan.step_cache > 0):
         steps = steps_walked(scheduler, steps, family, source)

@@ -180,6 +180,12 @@ class ModelCache:
         with self._table:
             return self._hits, self._misses
 
+    def used_since(self, use: int) -> dict[ModelKey, int]:
+        """The bytes of each model that is held and was used after the ``use``-th use, hits and misses together."""
+        with self._table:
+            held = self._entries.values()
+            return {entry.key: entry.resident.bytes for entry in held if entry.last_use > use}
+
     def _pin(self, key: ModelKey, build: Callable[[], nn.Module]) -> _Entry:
         with self._table:
             self._table.wait_for(lambda: key not in self._building)

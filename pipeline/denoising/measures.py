@@ -32,9 +32,7 @@ class Meter:
         yield
         self.milliseconds[name] = self.milliseconds.get(name, 0.0) + 1000 * (time.perf_counter() - started)
         # Now, since a model may be dropped before the run ends.
-        stats = self._cache.stats()
-        uses, before = stats.hits + stats.misses, sum(self._before)
-        self._used |= {entry.key: entry.bytes for entry in stats.entries if uses - entry.idle > before}
+        self._used |= self._cache.used_since(sum(self._before))
 
     def uses(self) -> tuple[int, int]:
         """Models that were at hand, and that were read; of every run, should several be under way."""

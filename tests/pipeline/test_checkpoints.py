@@ -1,17 +1,21 @@
 import copy
+import inspect
 import json
 import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.checkpoints import CheckpointError, open_checkpoint
+from pipeline.checkpoints import CheckpointError, fresh_scheduler, open_checkpoint
+from pipeline.files.components import _SCHEDULERS
 from pipeline.model_cache import ModelCache
 from tests.pipeline.devices import FakeDevice
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
@@ -93,6 +97,32 @@ def test_a_scheduler_is_fresh_and_a_tokenizer_is_shared(saved: Path):
     checkpoint = open_checkpoint(saved / "mini")
     assert checkpoint.scheduler() is not checkpoint.scheduler()
     assert checkpoint.tokenizer() is checkpoint.tokenizer()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", sorted(_SCHEDULERS["diffusers"]))
+def test_a_fresh_scheduler_walks_alike_and_leaves_the_first_as_it_was(name: str):
+    kept = getattr(diffusers, name)()
+    before = state(kept)
+    first, second = (walked(fresh_scheduler(kept)) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(first, walked(copy.deepcopy(kept)))
+    assert state(kept) == before
+
+
+def state(scheduler: Any) -> str:
+    held = vars(scheduler).items()
+    return repr({name: value.tolist() if hasattr(value, "tolist") else value for name, value in held})
+
+
+def walked(scheduler: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    scheduler.set_timesteps(2)  # all that SCM takes
+    latents = torch.ones(1, 4, 2, 2)
+    for timestep in scheduler.timesteps:
+        seen = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+        latents = scheduler.step(0.5 * seen, timestep, latents, return_dict=False, **options)[0]
+    return latents
 
 
 def test_two_names_of_one_folder_share_a_model(saved: Path, tmp_path: Path, cache: ModelCache):
