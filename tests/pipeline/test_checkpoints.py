@@ -117,9 +117,9 @@ def state(scheduler: Any) -> str:
 def walked(scheduler: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    scheduler.set_timesteps(2)  # all that SCM takes
+    scheduler.set_timesteps(2 if type(scheduler).__name__ == "SCMScheduler" else 4)
     latents = torch.ones(1, 4, 2, 2)
-    for timestep in scheduler.timesteps:
+    for timestep in scheduler.timesteps[:2]:
         seen = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         latents = scheduler.step(0.5 * seen, timestep, latents, return_dict=False, **options)[0]
     return latents
