@@ -266,21 +266,36 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 def write_page(results: Mapping[str, Result], about: Mapping[str, Any], page: Path = PAGE) -> None:
     """Replace the results on the page, between its two marks, and leave all other words as they are.
 
-    All results are kept beside the page, as JSON; a measure that was not run this time keeps what it had there.
+    All results are kept beside the page, as JSON, each with its machine. A measure that was not run, or failed, keeps
+    what it had there, and the page says so.
     """
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise ValueError(f"expected {BEGIN} and {END} in {page}, found not both")
     kept = page.with_suffix(".json")
-    earlier = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    fresh = {name: one for name, one in results.items() if "error" not in one or name not in earlier}
-    results = earlier | fresh
+    earlier: dict[str, Result] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     on = ", ".join(f"{name} {value}" for name, value in about.items())
-    further = f"All rounds and further figures: [{kept.name}]({kept.name})."
-    body = f"{BEGIN}\n\nMeasured on: {on}.\n\n{as_markdown(table(results))}\n\n{further}\n\n{END}"
+    had = {name for name, one in earlier.items() if "error" not in one}
+    new = {name: one for name, one in results.items() if "error" not in one or name not in had}
+    fresh = {name: one | {"measured_on": on} for name, one in new.items()}
+    old = [_why_kept(name, one, results.get(name), on) for name, one in earlier.items() if name not in fresh]
+    results = earlier | fresh
+    lines = [f"Measured on: {on}.", as_markdown(table(results))]
+    if old:
+        lines.append(f"Not of the last run, but kept from earlier ones, of earlier code: {', '.join(old)}.")
+    lines.append(f"All rounds and further figures: [{kept.name}]({kept.name}).")
+    body = "\n\n".join([BEGIN, *lines, END])
     text = before + body + after
     for target, content in ((page, text), (kept, json.dumps(results, indent=1) + "\n")):
         beside = target.with_suffix(".part")
         beside.write_text(content, encoding="utf-8")
         beside.replace(target)
+
+
+def _why_kept(name: str, one: Result, now: Result | None, on: str) -> str:
+    """A row's name, with how the last run of it failed and its own machine, where that is another."""
+    notes = [f"failed this time: {now['error']}"] if now else []
+    if one.get("measured_on", on) != on:
+        notes.append(f"measured on: {one['measured_on']}")
+    return f"`{name}`" + (f" ({'; '.join(notes)})" if notes else "")

@@ -86,22 +86,30 @@ def test_the_page_keeps_its_words(tmp_path: Path):
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count("| one |") == 1 and "cores 2, GPU none" in text
-    assert json.loads(page.with_suffix(".json").read_text(encoding="utf-8")) == RESULTS
+    assert json.loads(page.with_suffix(".json").read_text(encoding="utf-8")) == measured("cores 2, GPU none")
+    assert "kept from earlier" not in text
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="expected <!-- results -->"):
         harness.write_page(RESULTS, {}, page)
     assert page.read_text(encoding="utf-8") == "no marks"
 
 
-def test_what_was_not_run_keeps_its_row(tmp_path: Path):
+def measured(on: str) -> dict[str, harness.Result]:
+    return {name: one | {"measured_on": on} for name, one in RESULTS.items()}
+
+
+def test_what_was_not_run_keeps_its_row_and_the_page_says_so(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"{harness.BEGIN}\n{harness.END}\n", encoding="utf-8")
-    harness.write_page(RESULTS, {}, page)
+    harness.write_page(RESULTS, {"cores": 2}, page)
     again = harness.result(ratio=0.25, ours=1.0, host=4.0, unit="s", aim="<= 0.95", met=True)
-    harness.write_page({"three": again, "one": {"error": "not done within 5 s"}}, {}, page)
+    harness.write_page({"three": again, "one": {"error": "not done within 5 s"}}, {"cores": 8}, page)
     kept = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    assert kept == {**RESULTS, "three": again}, "a failure does not take away what was measured"
-    assert "| 0.25 |" in page.read_text(encoding="utf-8")
+    expected = {**measured("cores 2"), "three": again | {"measured_on": "cores 8"}}
+    assert kept == expected, "a failure does not take away what was measured"
+    text = page.read_text(encoding="utf-8")
+    assert "| 0.25 |" in text
+    assert "`one` (failed this time: not done within 5 s; measured on: cores 2), `two` (measured on: cores 2)." in text
 
 
 def test_the_page_that_ships_has_its_marks():
