@@ -55,3 +55,4 @@ def test_it_opens_and_runs(page: ComfyPage, path: Path):
     assert end["kind"] == "execution_success", end
     page.page.wait_for_timeout(300)  # for what the page says about the result
     assert page.pack_errors() == []
+    assert page.overlapping() == []

@@ -4,12 +4,15 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from ..rig import RigError
 from .client import Client
+
+TITLE = 30  # pixels of a node's title, above its position
 
 _CHROMIUM_OPTIONS = (
     "--no-sandbox",
@@ -88,6 +91,17 @@ class ComfyPage:
     def run(self, seconds: float = 120) -> dict[str, Any]:
         """Press Run and wait for the end: the last message, its type as ``kind``, and ``outputs`` by node id."""
         return self.page.evaluate(_RUN, seconds)
+
+    def overlapping(self) -> list[tuple[str, str]]:
+        """Pairs of nodes that cover one another, titles included, at the sizes that they have by now."""
+        boxes = self.page.evaluate("() => window.app.graph.nodes.map((node) => [node.type, ...node.pos, ...node.size])")
+        return [
+            (one[0], other[0])
+            for one, other in combinations(boxes, 2)
+            if abs(2 * one[1] + one[3] - 2 * other[1] - other[3]) < one[3] + other[3]
+            and one[2] - TITLE < other[2] + other[4]
+            and other[2] - TITLE < one[2] + one[4]
+        ]
 
     def _console(self, message: ConsoleMessage) -> None:
         if message.type == "error":
