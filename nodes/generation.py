@@ -192,17 +192,20 @@ def report_steps(model: Checkpoint, plan: SpeedPlan) -> OnStep:
     """Progress, preview and interrupt of the host, as ``generate`` calls for them. The last step needs no preview.
 
     The decoder of a large model takes about as long as two steps, so there a preview waits until the host, or the plan
-    by a small decoder, asks for it. Of steps that are over before an eye could see them, few are shown.
+    by a small decoder, asks for it. Of steps that are over before an eye could see them, few are shown, and none where
+    the picture itself is about to be there.
     """
     bars: dict[int, Callable[[int, Image | None], None]] = {}
     wanted = model.family.tasks is None or plan.preview is not None or plan.decoder is not None or previews_wanted()
-    shown = time.monotonic()
+    started = shown = time.monotonic()
 
     def on_step(step: int, total: int, preview: Preview) -> None:
         nonlocal shown
         if total not in bars:  # how many there are is known with the first
             bars[total] = host_steps(total)
-        due = wanted and step < total and time.monotonic() - shown > _SHOWN_EVERY_S
+        now = time.monotonic()
+        left = (now - started) / step * (total - step)
+        due = wanted and now - shown > _SHOWN_EVERY_S and left > _SHOWN_EVERY_S
         bars[total](step, to_pil(preview()) if due else None)
         shown = time.monotonic() if due else shown
 

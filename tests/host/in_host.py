@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 import traceback
 import types
 import weakref
@@ -250,6 +251,27 @@ def check_steps_show_rgb_and_can_be_interrupted():
     (_, _, (kind, picture, size)), (done, total, nothing) = shown
     assert (kind, picture.mode, size) == ("JPEG", "RGB", 64)
     assert (done, total, nothing) == (2, 2, None)
+
+
+def check_no_step_is_shown_when_the_picture_is_about_to_be_there():
+    generation = importlib.import_module(f"{PACK}.nodes.generation")
+    model = types.SimpleNamespace(family=types.SimpleNamespace(tasks=None))
+    looks = []
+
+    def look():
+        looks.append(clock.now)
+        return torch.zeros(3, 8, 8)
+
+    for seconds, expected in ((0.04, []), (0.09, [0.18]), (0.5, [0.5, 1.0, 1.5])):
+        clock = types.SimpleNamespace(now=0.0)
+        generation.time = types.SimpleNamespace(monotonic=lambda clock=clock: clock.now)
+        looks.clear()
+        on_step = generation.report_steps(model, generation.EXACT)
+        for step in range(1, 5):
+            clock.now += seconds
+            on_step(step, 4, look)
+        assert looks == expected, (seconds, looks)
+    generation.time = time
 
 
 def check_model_names_stay_inside_their_folder():
