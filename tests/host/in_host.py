@@ -19,6 +19,7 @@ import traceback
 import types
 import weakref
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 HOST, SCRATCH = Path(sys.argv[1]), Path(sys.argv[2])
@@ -254,7 +255,7 @@ def check_steps_show_rgb_and_can_be_interrupted():
 
 
 def check_no_step_is_shown_when_the_picture_is_about_to_be_there():
-    generation = importlib.import_module(f"{PACK}.nodes.generation")
+    generation: Any = importlib.import_module(f"{PACK}.nodes.generation")
     model = types.SimpleNamespace(family=types.SimpleNamespace(tasks=None))
     looks = []
 
