@@ -122,7 +122,7 @@ class DuetGenerate(io.ComfyNode):
                 plan=speed_plan or EXACT,
                 on_step=report_steps(model, speed_plan or EXACT),
             )
-            latent = to_latent(model_cache(), model, pictures.latents)
+            latent = to_latent(model, pictures.latents)
         image = to_image(over_white(pictures.pixels, pictures.alpha))
         said = done.ui(pictures.notices, pictures.milliseconds, as_line(pictures.report))
         return io.NodeOutput(image, to_mask(pictures.alpha), latent, pictures.report, ui=said)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..pipeline.checkpoints import Checkpoint
 from ..pipeline.conditioning import FusedConditioning, PromptEmbeds, Space
-from ..pipeline.model_cache import ModelCache
 from ..pipeline.stock import decode_host_latents, encode_for_host, prompt_embeds_from, to_host_latents
 from ..pipeline.text_encoder import encode_prompt
 from .host import ExecutionBlocker, model_cache  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
@@ -129,11 +128,9 @@ class DuetVae:
         raise AttributeError(f"this VAE is Duet's, which decodes and encodes pictures and has no {name!r}")
 
 
-def to_latent(
-    cache: ModelCache, checkpoint: Checkpoint, latents: Tensor | None
-) -> dict[str, Tensor] | ExecutionBlocker:
+def to_latent(checkpoint: Checkpoint, latents: Tensor | None) -> dict[str, Tensor] | ExecutionBlocker:
     """Those of a picture as the host's LATENT. Where the host knows none, nodes that ask for it say so."""
-    samples = None if latents is None else to_host_latents(cache, checkpoint, latents)
+    samples = None if latents is None else to_host_latents(checkpoint, latents)
     if samples is None:
         return ExecutionBlocker(f"{checkpoint.family.name} has no latents that the host's own nodes know")
     return {"samples": samples}

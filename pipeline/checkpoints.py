@@ -16,7 +16,7 @@ from torch import nn
 
 from .families import FAMILIES, Family
 from .files.components import Component, check_model, either, open_component
-from .files.content import Digests
+from .files.content import Digests, effective
 from .files.safetensors_files import CheckpointError, read_json, shown
 from .files.single_file import open_single_file
 from .files.single_file_weights import build
@@ -56,6 +56,9 @@ class Checkpoint:
     _keys: dict[tuple[str, torch.dtype], tuple[Any, ModelKey]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _configs: dict[str, tuple[Any, Mapping[str, Any]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _tokenizers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _schedulers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -84,6 +87,16 @@ class Checkpoint:
         if lies is not None:
             self._keys[component, dtype] = lies, key
         return key
+
+    def config(self, component: str) -> Mapping[str, Any]:
+        """By what the component's class makes it, defaults included: the ``config`` of its module, without weights."""
+        part = self._component(component)
+        lies = _status((part.config,))
+        known = self._configs.get(component)
+        if known is None or known[0] != lies:
+            told = read_json(part.config) | dict(part.options)
+            known = self._configs[component] = lies, effective(part.library, part.class_name, told)
+        return known[1]
 
     def build(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
         """Read the component's weights to the CPU, in eval mode and without gradients. dtype: float32 unless given.

@@ -7,6 +7,7 @@ A host's LATENT is what a VAE decodes. A denoiser sees it scaled: by ``scaling_f
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,16 +96,16 @@ def image_features_from(tokens: Tensor, pooled: Tensor, encoder: str, layer: str
     raise ValueError(f"expected the features of a square picture, with or without a class token, got {count} of them")
 
 
-def to_host_latents(cache: ModelCache, checkpoint: Checkpoint, latents: Tensor) -> Tensor | None:
+def to_host_latents(checkpoint: Checkpoint, latents: Tensor) -> Tensor | None:
     """Those of ``Pictures``, (B, C, h, w) -> as the VAE decodes them, (B, C, 1, h, w) for a VAE of videos.
 
     None where the host has them in a form of its own: FLUX.2's, patched two by two and normalised.
     """
     if checkpoint.components["vae"].class_name == "AutoencoderKLFlux2":
         return None
-    with use_vae(cache, checkpoint) as vae:
-        latents = for_decoder(vae, latents.unsqueeze(2) if _is_of_videos(vae) else latents)
-    return latents
+    # Its weights may have made way, and need not come back for this.
+    vae = SimpleNamespace(config=checkpoint.config("vae"))
+    return for_decoder(vae, latents.unsqueeze(2) if _is_of_videos(vae) else latents)
 
 
 def decode_host_latents(

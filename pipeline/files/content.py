@@ -137,8 +137,8 @@ class Digests:
         place = (*place, self._marks.get(library))
 
         def digest() -> tuple[str, int]:
-            effective = _effective(library, class_name, read())
-            return hashlib.sha256(json.dumps(effective, sort_keys=True, default=repr).encode()).hexdigest(), 0
+            whole = effective(library, class_name, read())
+            return hashlib.sha256(json.dumps(whole, sort_keys=True, default=repr).encode()).hexdigest(), 0
 
         return self._known_or(place, digest)[0]
 
@@ -199,7 +199,7 @@ def _stat(path: Path) -> tuple[int, int]:
         raise CheckpointError(f"expected {error.filename}, which was there before: {error.strerror}") from error
 
 
-def _effective(library: str, class_name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def effective(library: str, class_name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """With the defaults of what the file does not say, so that a short and a long configuration may agree."""
     if library == "transformers":
         with contextlib.suppress(Exception):  # of many kinds; what the class refuses is refused when it is built

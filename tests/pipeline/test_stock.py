@@ -63,6 +63,8 @@ def test_pooled_words_are_asked_for_where_the_denoiser_hears_them(cache: ModelCa
 def test_latents_of_the_host_come_back_as_they_went(cache: ModelCache, family: Checkpoint):
     with family.use(cache, "vae") as vae:
         config = dict(vae.config)
+    known = family.config("vae")
+    assert {name: config[name] for name in known} == {name: value for name, value in known.items()}
     encoded = encode_for_host(cache, family, picture(batch=2))
     pixels, alpha = decode_host_latents(cache, family, encoded)
     assert pixels.shape == (2, 3, 64, 64) and alpha.shape == (2, 1, 64, 64)
@@ -70,7 +72,7 @@ def test_latents_of_the_host_come_back_as_they_went(cache: ModelCache, family: C
     tiled, _ = decode_host_latents(cache, family, encoded, tiled=True)
     assert tiled.shape == pixels.shape and tiled.isfinite().all()
     scaled = torch.randn(1, encoded.shape[1], 4, 4, generator=torch.Generator().manual_seed(1))
-    given = to_host_latents(cache, family, scaled)
+    given = to_host_latents(family, scaled)
     if family.components["vae"].class_name == "AutoencoderKLFlux2":
         assert given is None
         return
