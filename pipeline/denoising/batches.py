@@ -82,6 +82,8 @@ def _repeated(conditioning: FusedConditioning, entries: int, times: int) -> Fuse
 
 
 def _each(side: Tensor, entries: int, times: int) -> Tensor:
+    if (side.shape[0], times) == (entries, 1):
+        return side
     return side.expand(entries, *side.shape[1:]).repeat_interleave(times, dim=0)
 
 
