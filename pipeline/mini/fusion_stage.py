@@ -79,7 +79,7 @@ class Examples:
         self._first_scene = pictures.starts[1]
         emoji, trained = pictures.emoji, self._rows[0]
         self._concept, self._style = emoji.concept, emoji.style
-        self._of_style = [trained[self._style[trained] == style] for style in range(len(STYLES))]
+        self._of_style = _Pools(self._style[trained], trained, len(STYLES))
         order = {style: rank for rank, style in enumerate(HOUSE_STYLES)}
         # Words alone mean one style, or their mean over styles would be a blur: the first house style drawn.
         house: dict[int, int] = {}
@@ -87,8 +87,10 @@ class Examples:
             house.setdefault(int(self._concept[row]), row)
         self._house = np.full(len(emoji.concepts), -1)
         self._house[list(house)] = list(house.values())
-        self._names = _by_concept(tables.caption_concept, tables.caption_is_name, len(emoji.concepts))
-        self._keywords = _by_concept(tables.caption_concept, ~tables.caption_is_name, len(emoji.concepts))
+        named, rows = tables.caption_is_name, np.arange(len(tables.caption_concept))
+        self._names, self._keywords = (
+            _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
+        )
 
     def draw(self, step: int, size: int, shares: Sequence[float] = SHARES) -> Batch:
         """shares: of emoji, panoramas and phantoms, one domain after the other."""
@@ -102,9 +104,10 @@ class Examples:
         rows = pick.choice(self._rows[0], size)
         has_text, has_image = _ways(pick, size, BOTH_SHARE, WORDS_SHARE)
         rows = np.where(has_image, rows, self._house[self._concept[rows]])
-        captions = np.array([self._caption(pick, concept) for concept in self._concept[rows]], np.int64)
-        style_rows = np.array([pick.choice(self._of_style[style]) for style in self._style[rows]], np.int64)
-        seen = np.where(has_text, style_rows, rows)
+        concepts = self._concept[rows]
+        by_name = (pick.random(size) < NAME_SHARE) | ~self._keywords.has(concepts)
+        captions = np.where(by_name, self._names.draw(pick, concepts), self._keywords.draw(pick, concepts))
+        seen = np.where(has_text, self._of_style.draw(pick, self._style[rows]), rows)
         view = pick.integers(0, self._tables.features.shape[1], size)
         return _batch(self._tables.captions[captions], self._tables.features[seen, view], has_text, has_image, rows)
 
@@ -118,10 +121,21 @@ class Examples:
         view = pick.integers(0, self._tables.features.shape[1], size)
         return _batch(text, self._tables.features[seen, view], has_text, has_image, rows)
 
-    def _caption(self, pick: np.random.Generator, concept: int) -> int:
-        keywords = self._keywords[concept]
-        pool = self._names[concept] if len(keywords) == 0 or pick.random() < NAME_SHARE else keywords
-        return int(pool[pick.integers(len(pool))])
+
+class _Pools:
+    """Values by key, to draw from many keys at once; an empty one gives any value, see ``has``."""
+
+    def __init__(self, keys: np.ndarray, values: np.ndarray, count: int) -> None:
+        self._values = values[np.argsort(keys, kind="stable")]
+        self._sizes = np.bincount(keys, minlength=count)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        return self._sizes[keys] > 0
+
+    def draw(self, pick: np.random.Generator, keys: np.ndarray) -> np.ndarray:
+        places = self._starts[keys] + (pick.random(len(keys)) * self._sizes[keys]).astype(np.int64)
+        return self._values[np.minimum(places, len(self._values) - 1)]
 
 
 def _ways(pick: np.random.Generator, size: int, both: float, words: float) -> tuple[np.ndarray, np.ndarray]:
@@ -181,10 +195,3 @@ def train_fusion(
 
     run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network
-
-
-def _by_concept(concept: np.ndarray, wanted: np.ndarray, count: int) -> list[np.ndarray]:
-    rows: list[list[int]] = [[] for _ in range(count)]
-    for row in np.flatnonzero(wanted & (concept >= 0)):
-        rows[concept[row]].append(int(row))
-    return [np.array(found, dtype=np.int64) for found in rows]

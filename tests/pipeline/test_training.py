@@ -132,6 +132,14 @@ def test_a_batch_holds_each_domain_with_its_own_words(pictures: TrainingSet, tab
     for place in np.flatnonzero(pictures.domain_of(drawn.rows) > 0):
         own = tables.scene_captions[drawn.rows[place] - pictures.starts[1]]
         assert (own == drawn.text[place].cpu()).all(dim=1).any(), "a scene is called by its own captions"
+    for place in range(70):
+        row = drawn.rows[place]
+        own = tables.captions[tables.caption_concept == pictures.emoji.concept[row]]
+        assert (own == drawn.text[place].cpu()).all(dim=1).any(), "a drawing is called by its concept's words"
+        alike = pictures.emoji.style == pictures.emoji.style[row]
+        rows = np.flatnonzero(alike) if drawn.has_text[place] else np.array([row])
+        shown = tables.features[rows].flatten(0, 1)
+        assert (shown == drawn.image[place].cpu()).all(dim=1).any(), "and shown by another one in its style, or itself"
     again = Examples(pictures, tables).draw(3, 100)
     assert torch.equal(drawn.text, again.text) and np.array_equal(drawn.rows, again.rows)
 
