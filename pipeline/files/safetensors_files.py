@@ -65,7 +65,7 @@ def check_weights(path: Path) -> WeightsFile:
         status = os.fstat(file.fileno())
         header = _header(path, file, status.st_size)
         data_start = 8 + len(header)
-        entries = _layout(path, header)
+        entries = layout_of(path, header)[0]
         expected = max((entry.stop for entry in entries.values()), default=data_start)
         if status.st_size < expected:
             raise CheckpointError(
@@ -158,10 +158,10 @@ def _looks_like(start: bytes, length: int, size: int) -> str:
     return f"{size:,} bytes of something else, which starts with {start[:16]!r}"
 
 
-def _layout(path: Path, header: bytes) -> dict[str, TensorEntry]:
-    """The tensors that a header describes, once it is sure that they lie end to end."""
+def layout_of(path: Path, header: bytes) -> tuple[dict[str, TensorEntry], Any]:
+    """The tensors that a header describes, once it is sure that they lie end to end; and its metadata, unchecked."""
     entries = _parse(path, header)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
     spans = sorted(_span(path, name, entry) for name, entry in entries.items())
     end, data_start = 0, 8 + len(header)
     found = {}
@@ -171,7 +171,7 @@ def _layout(path: Path, header: bytes) -> dict[str, TensorEntry]:
         end = stop
         entry = entries[name]
         found[name] = TensorEntry(entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
-    return found
+    return found, metadata
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:

@@ -1,6 +1,7 @@
 """Embeddings as files: one safetensors file each, the tensors under numbers and all else as JSON in its metadata."""
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -12,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from .. import conditioning
 from ..conditioning import FusedConditioning, ImageFeatures, PromptEmbeds, Space
-from ..files.safetensors_files import CheckpointError, check_weights, shown
+from ..files.safetensors_files import CheckpointError, TensorEntry, check_weights, layout_of, shown
 
 Embeddings = PromptEmbeds | ImageFeatures | FusedConditioning
 
 LARGEST_FILE = 2**30
 FORMAT = "duet-embeddings-1"
 _MOST_NOTES = 2**20  # bytes of a file's header
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 # Nothing but the plain values of conditioning can come out of a file.
 _TYPES = {name: value for name, value in vars(conditioning).items() if isinstance(value, type) and is_dataclass(value)}
 
@@ -59,12 +63,13 @@ def read_embeddings(path: Path) -> Embeddings:
             raise CheckpointError(
                 f"{path}: expected embeddings of at most {LARGEST_FILE:,} bytes, found {status.st_size:,}"
             )
-        return _from_bytes(path.read_bytes())
+        with open(path, "rb", buffering=0) as file:
+            return _read(path, file, status.st_size)
     except (FileNotFoundError, CheckpointError):
         raise
     except OSError as error:
         raise CheckpointError(f"expected to read {path}, got: {error.strerror or error}") from error
-    except (ValueError, TypeError, SafetensorError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         check_weights(path)  # which says what else it is, if it is no safetensors file at all
         raise CheckpointError(f"{path}: expected embeddings that Duet saved; {error}") from error
 
@@ -101,23 +106,53 @@ def _told(value: object, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"expected a value of conditioning, got a {type(value).__name__}")
 
 
-def _from_bytes(data: bytes) -> Embeddings:
-    end = 8 + int.from_bytes(data[:8], "little")
-    if end - 8 > _MOST_NOTES:
-        raise ValueError(f"expected a header of at most {_MOST_NOTES:,} bytes, it claims {end - 8:,}")
-    if end > len(data):
-        raise ValueError(f"its header claims {end - 8:,} bytes, the file has {len(data):,}")
-    tensors = load(data)  # checks that the header describes the file, before it is read here
-    notes = json.loads(json.loads(data[8:end]).get("__metadata__", {}).get("duet", "{}"))
+def _read(path: Path, file: io.FileIO, size: int) -> Embeddings:
+    """The header is read once, and the tensors are views of one buffer, into which the file goes without a copy."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MOST_NOTES:
+        raise ValueError(f"expected a header of at most {_MOST_NOTES:,} bytes, it claims {length:,}")
+    if 8 + length > size:
+        raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
+    entries, metadata = layout_of(path, file.read(length))
+    start = 8 + length
+    stop = max((entry.stop for entry in entries.values()), default=start)
+    if stop != size:
+        raise ValueError(f"its header describes {stop:,} bytes, the file has {size:,}")
+    data = torch.empty(stop - start, dtype=torch.uint8)
+    seen = data.numpy().data
+    while start < stop:
+        got = file.readinto(seen[start - stop :])
+        if not got:
+            raise ValueError(f"expected {stop:,} bytes, read {start:,}")
+        start += got
+    return _value(entries, metadata, data, stop - len(data))
+
+
+def _value(entries: Mapping[str, TensorEntry], metadata: Any, data: Tensor, start: int) -> Embeddings:
+    """What is described, of the bytes that ``data`` holds from ``start`` of the file on."""
+    notes = json.loads(metadata.get("duet", "{}")) if isinstance(metadata, dict) else None
     if not isinstance(notes, dict) or notes.get("format") != FORMAT:
         raise ValueError(f"its metadata has no {FORMAT}")
-    if notes.get("crc32") != _crc32(tensors):
+    seen, total = data.numpy().data, 0
+    for _, entry in sorted(entries.items()):
+        total = zlib.crc32(seen[entry.start - start : entry.stop - start], total)
+    if notes.get("crc32") != total:
         raise ValueError("its tensors have changed since")
+    tensors = {name: _tensor(entry, data[entry.start - start : entry.stop - start]) for name, entry in entries.items()}
     value = _meant(notes.get("value"), tensors)
     if not isinstance(value, Embeddings):
         raise ValueError(f"it holds {shown(notes.get('value'))}")
     _check(value)
     return value
+
+
+def _tensor(entry: TensorEntry, data: Tensor) -> Tensor:
+    if entry.dtype not in _DTYPES:
+        raise ValueError(f"expected tensors of {', '.join(_DTYPES)}, found {shown(entry.dtype)}")
+    dtype = _DTYPES[entry.dtype]
+    # The format does not promise that a tensor begins where its type may; safetensors itself writes them so.
+    aligned = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
+    return aligned.view(dtype).view(entry.shape)
 
 
 def _meant(told: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -155,6 +155,9 @@ def spoil(path: Path, how: str) -> None:
             value["fields"] |= {"grid": None, "space": "here"}
             notes = {"format": "duet-embeddings-1", "crc32": zlib.crc32(bytes(24)), "value": value}
             save_file(tensors, path, {"duet": json.dumps(notes)})
+        case "a type that has no number":
+            data[8:] = data[8:].replace(b'"F32"', b'"U32"')
+            path.write_bytes(data)
         case "a header bomb":
             path.write_bytes(struct.pack("<Q", 2**40) + b"{" + bytes(1000))
 
@@ -163,9 +166,30 @@ def _write(path: Path, notes: object) -> None:
     save_file({}, path, {"duet": notes if isinstance(notes, str) else json.dumps(notes)})
 
 
+def test_a_tensor_that_begins_at_an_odd_byte_is_read(tmp_path: Path):
+    """safetensors writes none, and its format allows them."""
+    path = tmp_path / "odd.safetensors"
+    write_embeddings(path, words())
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    notes = header.pop("__metadata__")
+    by_size = sorted(header, key=lambda name: header[name]["dtype"] != "BOOL")  # those of an odd size first
+    stop, pieces = 0, []
+    for name in by_size:
+        start, was = header[name]["data_offsets"]
+        pieces.append(data[end + start : end + was])
+        header[name]["data_offsets"] = [stop, stop + was - start]
+        stop += was - start
+    text = json.dumps(header | {"__metadata__": notes}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(pieces))
+    assert any(entry["data_offsets"][0] % 2 for entry in header.values())
+    assert same(read_embeddings(path), words())
+
+
 SPOILS = [
     "truncated", "empty", "a bit of a tensor", "a web page", "a pickle", "other weights", "a class that is not ours",
-    "deep notes", "no space", "a header bomb",
+    "deep notes", "no space", "a type that has no number", "a header bomb",
 ]  # fmt: skip
 
 
