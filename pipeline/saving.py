@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _PREFIX, _SUFFIX = ".duet-", ".partial"
 _LEFT_AFTER_S = 60  # a file under way is renamed within milliseconds of its last byte
 _SWEEP_WITHIN_S = 10.0
+_BEGINS_AFTER_S = 0.1  # when the prompt that saves has ended, which would share the interpreter with the thread
 _MOST_PARTS = 512  # of one call to the system, which takes 1024 on Linux
 _MOST_PENDING = 2**27  # bytes of pixels: some forty pictures of 1024x1024, twenty seconds of one core
 
@@ -139,6 +140,7 @@ class PictureSaver:
                     self._jobs.clear()
 
     def _work(self) -> None:
+        time.sleep(_BEGINS_AFTER_S)
         if sys.platform == "linux":  # where a thread has a priority of its own
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, 0, 10)
