@@ -163,17 +163,26 @@ class EmbeddingStore:
         return self.folder / f"{digest}.safetensors"
 
 
-def code_version(pipeline: Path = Path(__file__).parents[1]) -> str:
+def code_version(pipeline: Path | None = None) -> str:
     """Of all that turns words and pictures into numbers: of the pack the sources themselves, of libraries the release.
 
-    So an update empties the store only where it may change what is stored. pipeline: this package's folder.
+    So an update empties the store only where it may change what is stored. pipeline: another copy of this package.
     """
+    sources = _LOADED if pipeline is None else _digest_of_sources(str(pipeline))
+    return digest_of(FORMAT, sources, library_marks(*_LIBRARIES))
+
+
+def _digest_of_sources(pipeline: str) -> str:
     sources = hashlib.sha256()
     for name in NUMBERS:
-        with open(f"{pipeline}/{name}", "rb") as file:
+        with open(f"{pipeline}/{name}", "rb", buffering=0) as file:
             text = file.read()
         sources.update(f"{name} {len(text)};".encode() + text)
-    return digest_of(FORMAT, sources.hexdigest(), library_marks(*_LIBRARIES))
+    return sources.hexdigest()
+
+
+# Read as the pack is imported: an update that comes while it runs is not what makes the numbers of this process.
+_LOADED = _digest_of_sources(str(Path(__file__).parents[1]))
 
 
 def _feed(hasher: Any, value: object) -> None:

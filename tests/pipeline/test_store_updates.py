@@ -43,6 +43,10 @@ def test_an_update_of_anything_else_keeps_what_is_stored(store: EmbeddingStore, 
     EmbeddingStore(store.folder, 2**20, code_version(sources)).recall(("a rose",), never)
 
 
+def test_what_was_imported_is_what_lies_there():
+    assert code_version() == code_version(ROOT / "pipeline")
+
+
 def test_another_release_of_a_library_is_another_key(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch):
     store.recall(("a rose",), words)
     marks = "pipeline.store.embedding_store.library_marks"
