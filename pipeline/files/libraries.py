@@ -14,9 +14,11 @@ def library_marks(*names: str) -> list[tuple[str, int, int]]:
 
 
 def _mark(name: str) -> tuple[int, int]:
-    for folder in sys.path:  # a tenth of the time that the import system takes, which is asked for all else
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    # A tenth of the time that the import system takes, which is asked for all else.
+    for path in [loaded] if loaded else [f"{folder or '.'}/{name}/__init__.py" for folder in sys.path]:
         try:
-            status = os.stat(os.path.join(folder, name, "__init__.py"))
+            status = os.stat(path)
         except OSError:
             continue
         return status.st_size, status.st_mtime_ns
