@@ -87,6 +87,32 @@ def test_half_precision_and_strides_are_no_matter(tmp_path: Path):
     assert path.read_bytes() == as_the_host_saves(pixels.flip(-1)[0].float(), {})
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_ends_of_the_range_are_cut_off_as_the_host_cuts_them_off(tmp_path: Path):
+    above = float(np.nextafter(np.float32(1), np.float32(2)))
+    values = torch.tensor([0.0, -0.0, 1.0, above, 1e-45, -1e-45, 254.999 / 255, -3e35, 1e36])
+    pixels = torch.stack([values.roll(shift) for shift in range(3)])[None, :, None].expand(1, 3, 5, 9)
+    saver = PictureSaver(tmp_path)
+    (path,) = saver.save(Place(tmp_path, "a", 1), pixels)
+    saver.wait()
+    assert path.read_bytes() == as_the_host_saves(pixels[0], {})
+    with pytest.raises(ValueError, match="expected finite pixel values"):  # it is none when it is brought to 0..255
+        saver.save(Place(tmp_path, "a", 1), torch.full((1, 3, 2, 2), 1e37))
+    assert names(tmp_path) == [path.name]
+
+
+def test_compressing_begins_when_a_prompt_has_had_the_time_to_end(tmp_path: Path):
+    saver, pixels = PictureSaver(tmp_path), picture()
+    before = time.monotonic()
+    (path,) = saver.save(Place(tmp_path, "a", 1), pixels)
+    stored = path.stat().st_ino
+    while path.stat().st_ino == stored:  # until the compressed one takes its place
+        assert time.monotonic() - before < 30
+        time.sleep(0.001)
+    assert time.monotonic() - before > saving._BEGINS_AFTER_S
+    assert saver.wait(30)
+
+
 def test_a_number_that_is_taken_is_passed_over(tmp_path: Path):
     (tmp_path / "a_00002_.png").write_text("mine")
     paths = PictureSaver(tmp_path).save(Place(tmp_path, "a", 1), picture(3))
