@@ -32,6 +32,12 @@ def test_a_loop_keeps_what_comes_next():
     assert choose_victims({"a": 4, "b": 4}, 4, "abc") == ["a"], "before there is a habit, the older goes"
 
 
+def test_of_two_habits_the_one_that_led_here_tells_what_comes():
+    # After "u a" comes b, after "v a" comes c. Of equal age and size, what follows the present pair is kept.
+    assert choose_victims({"b": 4, "c": 4}, 4, "uabvacbcua") == ["c"]
+    assert choose_victims({"b": 4, "c": 4}, 4, "uabvaccbva") == ["b"]
+
+
 @pytest.mark.parametrize("uses", [[], ["x"]])
 def test_what_was_never_seen_in_use_goes_first(uses: list[str]):
     assert choose_victims({"x": 4, "unseen": 4}, 4, [*uses, "new"]) == [("unseen" if uses else "x")]
