@@ -78,7 +78,7 @@ def _cpu(spent: Sequence[Spent]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cache", description=__doc__)
-    parser.add_argument("--runs", type=int, default=15, help="of each kind in the medians of time")
+    parser.add_argument("--runs", type=int, default=45, help="of each kind in the medians of time")
     chosen = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
