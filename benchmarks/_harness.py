@@ -283,7 +283,7 @@ def write_page(results: Mapping[str, Result], about: Mapping[str, Any], page: Pa
     results = earlier | fresh
     lines = [f"Measured on: {on}.", as_markdown(table(results))]
     if old:
-        lines.append(f"Not of the last run, but kept from earlier ones, of earlier code: {', '.join(old)}.")
+        lines.append(f"Not of the last run, but kept from earlier ones: {', '.join(old)}.")
     lines.append(f"All rounds and further figures: [{kept.name}]({kept.name}).")
     body = "\n\n".join([BEGIN, *lines, END])
     text = before + body + after
