@@ -52,6 +52,7 @@ PLANS = {
     "decoder": Plan(steps=1200, learning_rate=1e-3, warmup=100, weight_decay=0.0),
     "generator": Plan(steps=4000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
 }
+AGAIN = 0.3  # of a stage's rate, where it goes on from a finished model
 VIEWS = 4  # of each picture, the first one clean
 
 COMPONENTS = {
@@ -97,7 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (work / stage).exists():
             start = None if stage in chosen.anew else chosen.start
             begun = new() if start is None else _read(start / name, kind)
-            taught = train(begun, plans[stage]) if start is None or stage in chosen.again else begun
+            plan = plans[stage]
+            if start is not None:  # at the full rate, weights that have learned before lose what they know at first
+                plan = replace(plan, learning_rate=AGAIN * plan.learning_rate)
+            taught = train(begun, plan) if start is None or stage in chosen.again else begun
             partial = work / f"{stage}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             taught.save_pretrained(partial)
