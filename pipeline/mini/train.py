@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="the folder to write at the end")
     chosen = parser.parse_args(arguments)
+    if "autoencoder" in {*chosen.again, *chosen.anew}:  # other latents, of which nothing has learned yet
+        chosen.anew = [*chosen.anew, "fusion", "decoder", "generator"]
     _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
