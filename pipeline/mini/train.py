@@ -1,4 +1,4 @@
-"""Train the small model from nothing: ``python -m pipeline.mini.train``.
+"""Train the next small model, from nothing or from a finished one: ``python -m pipeline.mini.train``.
 
 Fetches the pictures and words, teaches each part in turn, and writes the diffusers folder that the pack ships. Every
 stage resumes from its last checkpoint after a kill and is passed over when it is finished. Needs the optional group
@@ -21,7 +21,6 @@ from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UNet2DCond
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
-from ..mini import MODEL_FOLDER
 from .autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
 from .fusion_stage import Tables, new_fusion, train_fusion
 from .generator_stage import new_generator, train_generator
@@ -42,8 +41,8 @@ from .words import (
 
 logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" where it is run
 
-# From nothing, for a GPU or a night on two cores; longer plans go on getting better (fusion above all). From a model
-# that has learned before, --steps makes a stage shorter.
+# From nothing; longer plans go on getting better (fusion above all), and --steps makes shorter those that go on from a
+# model that has learned before. No run from nothing has been made with these lengths at 128 pixels.
 PLANS = {
     "text": Plan(steps=4000, learning_rate=1e-3),
     "vision": Plan(steps=6000, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
@@ -52,7 +51,7 @@ PLANS = {
     "decoder": Plan(steps=1200, learning_rate=1e-3, warmup=100, weight_decay=0.0),
     "generator": Plan(steps=4000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
 }
-AGAIN = 0.3  # of a stage's rate, where it goes on from a finished model
+AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which at the full rate loses what it knows
 VIEWS = 4  # of each picture, the first one clean
 
 COMPONENTS = {
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side of the pictures that are learned from")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="the folder to write at the end")
+    parser.add_argument("--model", type=Path, help="the folder to write at the end; model in --work unless given")
     chosen = parser.parse_args(arguments)
     if "autoencoder" in {*chosen.again, *chosen.anew}:  # other latents, of which nothing has learned yet
         chosen.anew = [*chosen.anew, "fusion", "decoder", "generator"]
@@ -100,10 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (work / stage).exists():
             start = None if stage in chosen.anew else chosen.start
             begun = new() if start is None else _read(start / name, kind)
-            plan = plans[stage]
-            if start is not None:  # at the full rate, weights that have learned before lose what they know at first
-                plan = replace(plan, learning_rate=AGAIN * plan.learning_rate)
-            taught = train(begun, plan) if start is None or stage in chosen.again else begun
+            if start is None:
+                taught = train(begun, plans[stage])
+            elif stage in chosen.again:
+                taught = train(begun, replace(plans[stage], learning_rate=AGAIN * plans[stage].learning_rate))
+            else:
+                taught = begun
             partial = work / f"{stage}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             taught.save_pretrained(partial)
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
-    export(parts, tokenizer, tables.scaling_factor, chosen.model)
+    export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
 
 
 def _read(folder: Path, kind: Any) -> Any:
