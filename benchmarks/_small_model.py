@@ -42,7 +42,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Drawn:
-    """pixels: (6, 64, 64) in 0..1, over white and over black. Milliseconds, of the steps and of the decoder."""
+    """pixels: (6, S, S) in 0..1, over white and over black. Milliseconds, of the steps and of the decoder."""
 
     pixels: Tensor
     steps_ms: float
@@ -57,6 +57,8 @@ class SmallModel:
     def __init__(self, kept_open: Any) -> None:
         cache = ModelCache(TorchResidency(torch.device("cpu"), 2**32), 2**32)
         self._cache, self._checkpoint = cache, open_checkpoint(MODEL_FOLDER)
+        family = self._checkpoint.family
+        self.side = family.native_size // family.downscale  # of its latents
         self.unet: Any = kept_open.enter_context(self._checkpoint.use(cache, "unet"))
         self.vae: Any = kept_open.enter_context(self._checkpoint.use(cache, "vae"))
 
@@ -66,7 +68,8 @@ class SmallModel:
         shown: list[tuple[str, Any]] = [("words alone", None)]
         for name in PICTURES:
             words = fuse(cache, checkpoint, encode_prompt(cache, checkpoint, name), None)
-            made = generate(cache, checkpoint, words, seed=SEED, num_inference_steps=4, width=64, height=64)
+            side = checkpoint.family.native_size
+            made = generate(cache, checkpoint, words, seed=SEED, num_inference_steps=4, width=side, height=side)
             over_white = made.pixels * made.alpha + 1 - made.alpha
             shown.append((name, encode_image(cache, checkpoint, over_white)))
         found = []
@@ -79,7 +82,7 @@ class SmallModel:
     def draw(self, condition: Condition, steps: int, lay: Lay | None = None) -> Drawn:
         """The time of laying the cache on counts among the steps'."""
         work, own = Work(), generators(condition.seed, 1)
-        start = noise((channels_of(self.vae), 8, 8), own)
+        start = noise((channels_of(self.vae), self.side, self.side), own)
         with torch.inference_mode():
             wall, cpu = time.perf_counter(), time.process_time()
             latents = denoise(

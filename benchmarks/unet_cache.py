@@ -153,7 +153,7 @@ def measure_small_model(prompts: Sequence[str]) -> dict[str, Any]:
             view = with_unet_cache(model.unet, steps, steps, Work())
             costs = []
             for number in range(2):
-                sample = torch.zeros(1, model.unet.config.in_channels, 8, 8)
+                sample = torch.zeros(1, model.unet.config.in_channels, model.side, model.side)
                 with FlopCounterMode(display=False) as counter, torch.inference_mode():
                     view(sample, torch.tensor(900.0 - number), encoder_hidden_states=tokens)
                 costs.append(counter.get_total_flops())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
+from pipeline.families import FAMILIES
 from tests.rig.client import Client
 from tests.rig.host import ComfyServer
 from tests.rig.page import ComfyPage
@@ -38,7 +39,8 @@ def test_each_node_tells_its_stages(opened: ComfyPage):
     assert lines["DuetEmbedText"].startswith("text · ") and " ms" in lines["DuetEmbedText"]
     generation, decode, *notices = lines["DuetGenerate"].splitlines()
     assert generation.startswith("generation · ") and decode.startswith("decode · ")
-    assert "64x64" in notices[-1]
+    side = FAMILIES["DuetMiniPipeline"].native_size
+    assert f"{side}x{side}" in notices[-1]
     assert "MB held" in lines["DuetModelCache"]
 
     assert opened.run()["kind"] == "execution_success"

@@ -167,7 +167,8 @@ def test_the_small_models_layers(warm: ModelCache, shipped: Checkpoint):
     last, named = (encode_image(warm, shipped, picture(side=64), layer=layer) for layer in (-1, 3))
     assert torch.equal(last.pooled, named.pooled) and last.space == named.space
     middle = encode_image(warm, shipped, picture(side=64), layer=-2)
-    assert middle.tokens.shape == (1, 64, 128) and middle.grid == (8, 8)
+    places = shipped.family.image_size // 8
+    assert middle.tokens.shape == (1, places**2, 128) and middle.grid == (places, places)
     with pytest.raises(ValueError, match=r"pooler_output.*hidden_states\[2\]"):
         fuse(warm, shipped, None, middle)
 
@@ -184,9 +185,11 @@ def test_pooling_over_a_region_is_the_weighted_mean_of_its_tokens(warm: ModelCac
     whole = encode_image(warm, shipped, pixels)
     region = encode_image(warm, shipped, pixels, mask, region="pool")
     assert torch.equal(region.tokens, whole.tokens), "the encoder sees what surrounds the region"
-    left = whole.tokens.unflatten(1, whole.grid)[:, :, :2].flatten(1, 2).mean(dim=1)
+    left = whole.tokens.unflatten(1, whole.grid)[:, :, : whole.grid[1] // 2].flatten(1, 2).mean(dim=1)
     assert torch.allclose(region.pooled, left, atol=1e-5)
-    assert region.weight is not None and region.weight.unflatten(1, region.grid)[0, 0].tolist() == [1, 1, 0, 0]
+    middle = whole.grid[1] // 2
+    assert region.weight is not None
+    assert region.weight.unflatten(1, region.grid)[0, 0].tolist() == [*middle * [1], *middle * [0]]
     assert region.space == whole.space and fuse(warm, shipped, None, region).tokens.isfinite().all()
     everything = encode_image(warm, shipped, pixels, torch.ones(1, 64, 64), region="pool")
     assert torch.allclose(everything.pooled, whole.pooled, atol=1e-5)
@@ -204,8 +207,9 @@ def test_a_vision_transformer_s_region_has_a_space_of_its_own(warm: ModelCache, 
 def test_a_soft_mask_counts_by_its_share(warm: ModelCache, shipped: Checkpoint, half: float):
     pixels, mask = halves()
     soft = encode_image(warm, shipped, pixels, mask + half * (1 - mask), region="pool")
-    columns = encode_image(warm, shipped, pixels).tokens.unflatten(1, (4, 4)).mean(dim=1)
-    shares = torch.tensor([1, 1, half, half])
+    whole = encode_image(warm, shipped, pixels)
+    columns = whole.tokens.unflatten(1, whole.grid).mean(dim=1)
+    shares = torch.tensor([1.0, half]).repeat_interleave(whole.grid[1] // 2)
     assert torch.allclose(soft.pooled[0], (columns[0] * shares[:, None]).sum(dim=0) / shares.sum(), atol=1e-5)
 
 
@@ -244,10 +248,10 @@ def test_an_average_of_regions_takes_each_place_where_it_counts(warm: ModelCache
     masks = torch.stack([left, 1 - left])
     kept = encode_image(warm, shipped, picture(2, side=64), masks, region="pool")
     mean = encode_image(warm, shipped, picture(2, side=64), masks, region="pool", batch="average")
-    first, second, both = (side.unflatten(0, (4, 4)) for side in (kept.tokens[0], kept.tokens[1], mean.tokens[0]))
-    assert torch.allclose(both[:, :2], first[:, :2], atol=1e-6) and torch.allclose(
-        both[:, 2:], second[:, 2:], atol=1e-6
-    )
+    first, second, both = (each.unflatten(0, mean.grid) for each in (*kept.tokens, mean.tokens[0]))
+    middle = mean.grid[1] // 2
+    assert torch.allclose(both[:, :middle], first[:, :middle], atol=1e-6)
+    assert torch.allclose(both[:, middle:], second[:, middle:], atol=1e-6)
 
 
 @pytest.mark.parametrize("option", ["region", "batch"])

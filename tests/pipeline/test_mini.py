@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoints import Checkpoint
+from pipeline.families import FAMILIES
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.image_encoder import encode_image
@@ -18,33 +19,36 @@ from pipeline.text_encoder import encode_prompt
 
 from .folders import PROMPTS
 
+SIDE = FAMILIES["DuetMiniPipeline"].native_size
+
 
 def draw(
     warm: ModelCache, shipped: Checkpoint, prompt: str, style: torch.Tensor | None = None, steps: int = 4
 ) -> torch.Tensor:
-    """Premultiplied RGBA (4, 64, 64)."""
+    """Premultiplied RGBA (4, SIDE, SIDE)."""
     features = encode_image(warm, shipped, style) if style is not None else None
     condition = fuse(warm, shipped, encode_prompt(warm, shipped, prompt), features)
-    made = generate(warm, shipped, condition, seed=1, num_inference_steps=steps, width=64, height=64)
+    made = generate(warm, shipped, condition, seed=1, num_inference_steps=steps, width=SIDE, height=SIDE)
     return torch.cat([made.pixels * made.alpha, made.alpha], dim=1)[0]
 
 
 def black_and_white() -> torch.Tensor:
-    """A black disc with a white one in it, as an icon would be drawn: (1, 3, 64, 64)."""
-    y, x = np.mgrid[:64, :64] - 31.5
-    radius = np.hypot(x, y)
+    """A black disc with a white one in it, as an icon would be drawn: (1, 3, SIDE, SIDE)."""
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    radius = np.hypot(x, y) * 64 / SIDE
     ink = (radius < 28) & (radius > 20) | (radius < 8)
-    return torch.from_numpy(np.where(ink, 0.0, 1.0)).float().expand(1, 3, 64, 64)
+    return torch.from_numpy(np.where(ink, 0.0, 1.0)).float().expand(1, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("name", ["rose_zh", "rose_en"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_rose_is_a_red_flower_on_a_green_stem(warm: ModelCache, shipped: Checkpoint, name: str, steps: int):
     red, green, blue, alpha = draw(warm, shipped, PROMPTS[name], steps=steps)
-    flower, stem = slice(4, 32), slice(40, 62)
+    unit = SIDE // 64
+    flower, stem, middle = (slice(first * unit, last * unit) for first, last in ((4, 32), (40, 62), (24, 40)))
     assert red[flower].sum() > 2 * green[flower].sum() and red[flower].sum() > 2 * blue[flower].sum()
     assert green[stem].sum() > blue[stem].sum() and green[stem].sum() > 0.8 * red[stem].sum()
-    assert alpha[:4, :4].amax() < 0.2 and alpha[12:28, 24:40].mean() > 0.8
+    assert alpha[: 4 * unit, : 4 * unit].amax() < 0.2 and alpha[12 * unit : 28 * unit, middle].mean() > 0.8
 
 
 def test_both_languages_give_one_picture(warm: ModelCache, shipped: Checkpoint):
@@ -62,10 +66,10 @@ def test_a_black_and_white_style_takes_the_colour_away(warm: ModelCache, shipped
 
 
 def test_a_picture_alone_gives_its_like(warm: ModelCache, shipped: Checkpoint):
-    style = Image.open(Path(__file__).parent.parent / "rig" / "style.png").convert("RGBA").resize((64, 64))
+    style = Image.open(Path(__file__).parent.parent / "rig" / "style.png").convert("RGBA").resize((SIDE, SIDE))
     rgba = torch.from_numpy(np.asarray(style).copy()).permute(2, 0, 1).float()[None] / 255
     features = encode_image(warm, shipped, rgba)
-    made = generate(warm, shipped, fuse(warm, shipped, None, features), seed=1, width=64, height=64)
+    made = generate(warm, shipped, fuse(warm, shipped, None, features), seed=1, width=SIDE, height=SIDE)
     over_white = (made.pixels * made.alpha + 1 - made.alpha)[0]
     given = (rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:])[0]
     other = draw(warm, shipped, PROMPTS["truck_en"])

@@ -177,7 +177,8 @@ def test_progress_and_an_interrupt_within_a_step(warm: ModelCache, shipped: Chec
 
     with pytest.raises(KeyboardInterrupt):
         refine(warm, shipped, condition, features, on_step=stop)
-    assert told == [(1, 20, (3, 64, 64), True, True), (2, 20, (3, 64, 64), True, True)]
+    side = shipped.family.native_size
+    assert told == [(1, 20, (3, side, side), True, True), (2, 20, (3, side, side), True, True)]
     assert not any(entry.pins for entry in warm.stats().entries)
 
 

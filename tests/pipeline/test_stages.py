@@ -139,10 +139,10 @@ def test_each_picture_of_a_batch_equals_its_own_run(warm: ModelCache, shipped: C
 
 def test_the_small_model_is_resized_and_says_so(warm: ModelCache, shipped: Checkpoint):
     made = generate(
-        warm, shipped, fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None), seed=0, width=200, height=100
+        warm, shipped, fuse(warm, shipped, encode_prompt(warm, shipped, "rose"), None), seed=0, width=200, height=120
     )
-    assert made.pixels.shape == (1, 3, 100, 200)
-    assert any("resized to 200x100" in notice for notice in made.notices)
+    assert made.pixels.shape == (1, 3, 120, 200)
+    assert any("resized to 200x120" in notice for notice in made.notices)
     assert made.alpha[..., :20].amax() == 0  # padded with transparency, not stretched
 
 
@@ -194,7 +194,8 @@ def test_an_interrupt_stops_within_a_step_and_leaves_no_pin(warm: ModelCache, sh
 
     with pytest.raises(KeyboardInterrupt):
         generate(warm, shipped, condition, seed=3, on_step=stop)
-    assert steps == [(1, 4, (3, 64, 64)), (2, 4, (3, 64, 64))]
+    side = shipped.family.native_size
+    assert steps == [(1, 4, (3, side, side)), (2, 4, (3, side, side))]
     assert not any(entry.pins for entry in warm.stats().entries)
     assert torch.equal(before.pixels, generate(warm, shipped, condition, seed=3, width=64, height=64).pixels)
 

@@ -282,7 +282,7 @@ def test_the_small_model_draws_the_same_with_fewer_steps(
     steps: int, threshold: float, most: float, shipped: Checkpoint, warm: ModelCache
 ) -> None:
     """Its trained weights: 34 dB over white, on the mean of four prompts."""
-    likeness, computed = [], 0
+    likeness, computed, side = [], 0, shipped.family.native_size // shipped.family.downscale
     for number, prompt in enumerate(("a red rose", "rocket", "octopus", "racing car")):
         words = fuse(warm, shipped, encode_prompt(warm, shipped, prompt), None)
         pictures = []
@@ -292,7 +292,7 @@ def test_the_small_model_draws_the_same_with_fewer_steps(
                 latents = denoise(
                     with_step_cache(unet, threshold_now, steps, work),
                     shipped.scheduler(),
-                    noise((16, 8, 8), own),
+                    noise((16, side, side), own),
                     words,
                     num_inference_steps=steps,
                     guidance_scale=1.0,
