@@ -47,11 +47,11 @@ PLANS = {
     "text": Plan(steps=4000, learning_rate=1e-3),
     "vision": Plan(steps=6000, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(steps=4000, learning_rate=2e-3, warmup=100, weight_decay=0.0),
-    "fusion": Plan(steps=20_000, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "fusion": Plan(steps=40_000, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "decoder": Plan(steps=1200, learning_rate=1e-3, warmup=100, weight_decay=0.0),
     "generator": Plan(steps=4000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
 }
-AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which at the full rate loses what it knows
+AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
 VIEWS = 4  # of each picture, the first one clean
 
 COMPONENTS = {
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
     )
     parser.add_argument("--again", nargs="*", choices=list(PLANS), default=[], help="stages to repeat from --start")
+    parser.add_argument("--again-rate", type=float, default=AGAIN, help="of their plans' rates, for those of --again")
     parser.add_argument("--anew", nargs="*", choices=list(PLANS), default=[], help="stages that begin from nothing")
     parser.add_argument(
         "--steps", nargs="*", default=[], metavar="STAGE=STEPS", help="other lengths than those of the plans"
@@ -102,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if start is None:
                 taught = train(begun, plans[stage])
             elif stage in chosen.again:
-                taught = train(begun, replace(plans[stage], learning_rate=AGAIN * plans[stage].learning_rate))
+                taught = train(
+                    begun, replace(plans[stage], learning_rate=chosen.again_rate * plans[stage].learning_rate)
+                )
             else:
                 taught = begun
             partial = work / f"{stage}.partial"

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from pipeline.checkpoints import Checkpoint
 from pipeline.mini.autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
 from pipeline.mini.catalogue import STYLES, Concept
-from pipeline.mini.fusion_stage import Examples, Tables, new_fusion, on_grid, train_fusion
+from pipeline.mini.fusion_stage import Examples, Tables, new_fusion, on_grid, said_weight, train_fusion
 from pipeline.mini.generator_stage import new_generator, train_generator
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
-from pipeline.mini.scenes.scene_set import SceneSet, phantom_of, sky_of
+from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
+from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
+from pipeline.mini.scenes.skies import Sky, render_sky
 from pipeline.mini.training_set import TrainingSet
 from pipeline.mini.vision import new_image_encoder, train_image_encoder
 from pipeline.mini.words import lengthened
@@ -127,12 +129,12 @@ def test_rows_of_all_domains_come_back_in_their_order(pictures: TrainingSet):
 
 def test_a_batch_holds_each_domain_with_its_own_words(pictures: TrainingSet, tables: Tables):
     drawn = Examples(pictures, tables).draw(3, 100)
-    assert [int((pictures.domain_of(drawn.rows) == domain).sum()) for domain in range(3)] == [70, 15, 15]
+    assert [int((pictures.domain_of(drawn.rows) == domain).sum()) for domain in range(3)] == [80, 10, 10]
     assert bool((drawn.has_text | drawn.has_image).all())
     for place in np.flatnonzero(pictures.domain_of(drawn.rows) > 0):
         own = tables.scene_captions[drawn.rows[place] - pictures.starts[1]]
         assert (own == drawn.text[place].cpu()).all(dim=1).any(), "a scene is called by its own captions"
-    for place in range(70):
+    for place in range(80):
         row = drawn.rows[place]
         own = tables.captions[tables.caption_concept == pictures.emoji.concept[row]]
         assert (own == drawn.text[place].cpu()).all(dim=1).any(), "a drawing is called by its concept's words"
@@ -149,6 +151,23 @@ def test_the_mean_of_a_panorama_is_of_neighbours_side_by_side(pictures: Training
     assert torch.allclose(means, (tables.wide[0, :, :, 0::2] + tables.wide[0, :, :, 1::2]) / 2, atol=1e-6)
     laid = on_grid(tables.means()[[tables.wide_from]], tables.wide.shape[-1])
     assert torch.equal(laid[0, :, :, 0], laid[0, :, :, 1]) and laid.shape[-1] == 2 * laid.shape[-2]
+
+
+def test_what_the_words_say_of_a_scene_lies_where_it_counts_more():
+    of_sky, of_phantom = (said_weight(16)[domain].unflatten(0, (16, 16)) for domain in (1, 2))
+    assert bool((said_weight(16)[0] == 1).all())
+    for height in range(5, 85, 10):
+        sky = render_sky(Sky(height, SUN_AZIMUTH, "clear", "summer", "sea"), 128, np.random.default_rng(height))
+        row, column = divmod(int(sky[:64].min(axis=-1).argmax()), 256)
+        assert of_sky[row // 8, column // 16] > 1, (height, row, column)
+    for region in REGIONS:
+        for side in SIDES:
+            plain, drawn = (
+                render_phantom(Phantom(region, inserts), 128, np.random.default_rng(5))
+                for inserts in ((), (Insert(side, "large", "bright"),))
+            )
+            rows, columns = np.nonzero(np.abs(drawn - plain) > 0.2)
+            assert len(rows) and float((of_phantom[rows // 8, columns // 8] > 1).float().mean()) > 0.95, (region, side)
 
 
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):

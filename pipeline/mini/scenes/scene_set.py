@@ -27,6 +27,8 @@ FACTS: dict[str, int] = {
     **{f"{side} {what}": 1 + len(known) for side in SIDES for what, known in _OF_INSERTS.items()},
 }
 CAPTIONS_EACH = 3  # of each picture in each language
+# In the middle of two columns of latents that share one place of the mean picture, at 32 columns a panorama.
+SUN_AZIMUTH = 11.25
 _SUN_SHARE = 0.7  # of the skies whose sun is seen
 _NO_INSERT_SHARE, _ONE_INSERT_SHARE = 0.1, 0.35
 
@@ -66,12 +68,12 @@ def phantoms(work: Path, count: int, size: int, first: int = 0) -> SceneSet:
 
 
 def sky_of(number: int, height: int) -> Scene:
-    """The sun, where it is seen, stands in the middle: which way a panorama is turned is nothing that words say."""
+    """The sun, where it is seen, stands at one azimuth: which way a panorama is turned is nothing that words say."""
     pick = np.random.default_rng([number, 1])
     weather = SUN_SEEN if pick.random() < _SUN_SHARE else WEATHERS[len(SUN_SEEN) :]
     sky = Sky(
         sun_height=float(pick.uniform(0, 88)),
-        sun_azimuth=0.0,
+        sun_azimuth=SUN_AZIMUTH,
         weather=weather[pick.integers(len(weather))],
         season=SEASONS[pick.integers(len(SEASONS))],
         place=PLACES[pick.integers(len(PLACES))],
