@@ -9,12 +9,14 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 from transformers import ResNetModel
 
+from ..denoising.panorama import continued, cut
 from ..fusing.fusion_network import FusionNetwork
 from .fusion_stage import Examples, Tables, fused, on_grid
 from .loop import Plan, device, run_stage
 from .training_set import TrainingSet, counts_of
 from .vision import normalise
 
+DOWNSCALE = 8  # pixels a side of one latent
 LATENT_NOISE = 0.15  # relative; the decoder must forgive what the fusion network gets slightly wrong
 MEAN_SHARE = 0.5  # of a batch whose latents are the fusion network's, not the encoder's
 FEATURE_WEIGHT = 1.0
@@ -149,10 +151,14 @@ def _over(pictures: Tensor, colour: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderDC, pixels: np.ndarray) -> Tensor:
-    """(N, H, W, 4) uint8 -> latents (N, 16, H/8, W/8), unscaled."""
-    chunks = np.array_split(pixels, max(1, len(pixels) // 32))
-    return torch.cat([_encode(vae, to_model_range(chunk).to(device())).cpu() for chunk in chunks])
+def encode_pictures(vae: AutoencoderDC, pixels: np.ndarray, closes: bool = False) -> Tensor:
+    """(N, H, W, 4) uint8 -> latents (N, 16, H/8, W/8), unscaled. closes: panoramas, whose ends are each other's."""
+    found = []
+    for chunk in np.array_split(pixels, max(1, len(pixels) // 32)):
+        wanted = to_model_range(chunk).to(device())
+        latents = cut(_encode(vae, continued(wanted, DOWNSCALE))) if closes else _encode(vae, wanted)
+        found.append(latents.cpu())
+    return torch.cat(found)
 
 
 def _encode(vae: AutoencoderDC, pixels: Tensor) -> Tensor:

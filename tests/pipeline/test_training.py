@@ -153,6 +153,17 @@ def test_the_mean_of_a_panorama_is_of_neighbours_side_by_side(pictures: Training
     assert torch.equal(laid[0, :, :, 0], laid[0, :, :, 1]) and laid.shape[-1] == 2 * laid.shape[-2]
 
 
+def test_a_turned_panorama_is_encoded_as_the_same_one_turned(shipped: Checkpoint, warm: ModelCache):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 128, 4), np.uint8)
+    with shipped.use(warm, "vae") as vae:
+
+        def apart(closes: bool) -> float:
+            one, other = (encode_pictures(vae, np.roll(pixels, by, axis=2), closes) for by in (0, 8))
+            return float((one.roll(1, -1) - other).abs().max() / one.std())
+
+        assert apart(True) < 0.05 < 0.3 < apart(False)
+
+
 def test_what_the_words_say_of_a_scene_lies_where_it_counts_more():
     of_sky, of_phantom = (said_weight(16)[domain].unflatten(0, (16, 16)) for domain in (1, 2))
     assert bool((said_weight(16)[0] == 1).all())
