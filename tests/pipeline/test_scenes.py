@@ -90,6 +90,20 @@ def test_captions_say_what_is_drawn_in_many_ways(language):
     assert all(left in caption and right in caption for caption in said)
 
 
+@pytest.mark.parametrize(("language", "low"), [("en", "low"), ("zh", "低")])
+def test_a_word_names_one_height_of_the_sun_and_between_words_it_is_a_number(language: str, low: str):
+    draw = generator()
+
+    def said(height: float) -> list[str]:
+        return [sky_caption(Sky(height, 0, "clear", "winter", "city"), language, draw) for _ in range(40)]
+
+    assert any(low in caption for caption in said(22))
+    assert all("30" in caption for caption in said(29))
+    assert all(
+        any(sign.isdecimal() for sign in caption.replace("360", "")) for caption in said(29) + said(11) + said(50)
+    )
+
+
 def test_the_same_seed_renders_the_same():
     sky = Sky(20, 0, "partly cloudy", "winter", "city")
     assert np.array_equal(render_sky(sky, HEIGHT, generator(5)), render_sky(sky, HEIGHT, generator(5)))

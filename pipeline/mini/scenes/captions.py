@@ -11,7 +11,8 @@ from .phantoms import Phantom
 from .skies import SUN_SEEN, Sky
 
 LANGUAGES = ("en", "zh")
-_DEGREES_SHARE = 0.3  # of the captions with a sun that give its height as a number
+_DEGREES_SHARE = 0.3  # of the captions with a sun that give its height as a number though a word would do
+_WORD_REACH = 5.0  # degrees from the middle of a word's range: one that named all heights in it would mean a blur
 
 
 def sky_caption(sky: Sky, language: str, generator: np.random.Generator) -> str:
@@ -20,11 +21,22 @@ def sky_caption(sky: Sky, language: str, generator: np.random.Generator) -> str:
     told = {name: _one(words[name][getattr(sky, name)], generator) for name in ("weather", "season", "place")}
     if sky.weather not in SUN_SEEN:
         return _one(words["sky without sun"], generator).format(**told)
-    if generator.random() < _DEGREES_SHARE:
+    names = _sun_names(words["sun"], sky.sun_height)
+    if not names or generator.random() < _DEGREES_SHARE:
         sun = words["degrees"].format(degrees=round(sky.sun_height / 5) * 5)
     else:
-        sun = _one(next(names for below, names in words["sun"] if sky.sun_height <= below), generator)
+        sun = _one(names, generator)
     return _one(words["sky"], generator).format(sun=sun, **told)
+
+
+def _sun_names(ranges: list[tuple[float, list[str]]], height: float) -> list[str]:
+    """ranges: up to which height which names do, in order."""
+    bottom = 0.0
+    for top, names in ranges:
+        if height <= top:
+            return names if abs(height - (bottom + top) / 2) <= _WORD_REACH else []
+        bottom = top
+    return []
 
 
 def phantom_caption(phantom: Phantom, language: str, generator: np.random.Generator) -> str:
