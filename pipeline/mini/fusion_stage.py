@@ -20,7 +20,7 @@ NAME_SHARE = 0.85  # how often a concept is called by its name; a keyword such a
 # The remaining share sees a picture alone. Scenes have no style to take from another picture.
 BOTH_SHARE, WORDS_SHARE = 0.78, 0.14
 SCENE_BOTH_SHARE, SCENE_WORDS_SHARE = 0.2, 0.7
-SHARES = (0.8, 0.1, 0.1)  # of a batch: emoji, of which there is most to know, panoramas, phantoms
+DOMAIN_SHARES = (0.8, 0.1, 0.1)  # of a batch: emoji, of which there is most to know, panoramas, phantoms
 # Where a scene shows what its words say, which is a few places: there it counts more, or clouds and edges would drown
 # it. Shares of the picture: left, top, right, bottom; the sun's column, and both inserts.
 SAID_WEIGHT = {
@@ -99,7 +99,7 @@ class Examples:
             _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
         )
 
-    def draw(self, step: int, size: int, shares: Sequence[float] = SHARES) -> Batch:
+    def draw(self, step: int, size: int, shares: Sequence[float] = DOMAIN_SHARES) -> Batch:
         """shares: of emoji, panoramas and phantoms, one domain after the other."""
         pick = np.random.default_rng([step, 7])
         counts = [round(size * share) for share in shares[1:]]

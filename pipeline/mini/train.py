@@ -185,7 +185,9 @@ def _tables(
         of_concepts = np.flatnonzero(captions.concept >= 0)
         said = np.concatenate([scene.captions for scene in pictures.scenes])
         sets = (pictures.emoji.pixels, *(scene.pixels for scene in pictures.scenes))
-        drawn, wide, ellipses = (encode_pictures(vae, pixels, closes=pixels is sets[1]) for pixels in sets)
+        drawn, wide, ellipses = (
+            encode_pictures(vae, pixels, closes) for pixels, closes in zip(sets, (False, True, False), strict=True)
+        )
         spread = torch.cat([each.flatten() for each in (drawn, wide, ellipses)]).std()
         hollow = drawn.new_zeros(len(wide), *drawn.shape[1:])
         partial = stored.with_suffix(".partial")
