@@ -11,6 +11,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
 
     A side that is missing is replaced by a learned null vector, so text alone, picture alone and both are three inputs
     of one function. The tokens lie on the latents' grid: they are the mean picture, which the generator sharpens.
+    ways: how many null vectors stand for no picture, each a way of its own to draw what the words leave open.
     """
 
     @register_to_config
@@ -24,12 +25,13 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         grid: int = 8,
         channels: int = 16,
         gated: bool = False,
+        ways: int = 1,
     ) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(text_width)
         self.image_norm = nn.LayerNorm(image_width)
         self.null_text = nn.Parameter(torch.zeros(text_width))
-        self.null_image = nn.Parameter(torch.zeros(image_width))
+        self.null_image = nn.Parameter(torch.randn(ways, image_width) if ways > 1 else torch.zeros(1, image_width))
         self.entry = nn.Linear(text_width + image_width, width)
         self.blocks = nn.ModuleList((_GatedBlock if gated else _Block)(width, hidden) for _ in range(num_blocks))
         self.exit_norm = nn.LayerNorm(width)
@@ -37,15 +39,19 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self._shape = (grid * grid, channels)
 
     def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
-        """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels)."""
+        """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels).
+
+        Without a picture (B, ways*grid*grid, channels), one way after the other.
+        """
         known = text if text is not None else image
         batch = known.shape[0] if known is not None else batch_size or 1
         left = self.null_text.expand(batch, -1) if text is None else self.text_norm(text)
-        right = self.null_image.expand(batch, -1) if image is None else self.image_norm(image)
-        return self.fuse_normalised(torch.cat([left, right], dim=-1))
+        right = self.null_image.expand(batch, -1, -1) if image is None else self.image_norm(image)[:, None]
+        joined = torch.cat([left[:, None].expand(-1, right.shape[1], -1), right], dim=-1)
+        return self.fuse_normalised(joined).flatten(1, 2)
 
     def fuse_normalised(self, joined: Tensor) -> Tensor:
-        """joined: (B, text_width + image_width), each side normalised or null."""
+        """joined: (..., text_width + image_width), each side normalised or null -> (..., grid*grid, channels)."""
         hidden = self.entry(joined)
         for block in self.blocks:
             hidden = hidden + block(hidden)

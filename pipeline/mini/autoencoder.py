@@ -10,17 +10,12 @@ from torch import Tensor, nn
 from transformers import ResNetModel
 
 from ..denoising.panorama import continued, cut
-from ..fusing.fusion_network import FusionNetwork
-from .fusion_stage import Examples, Tables, fused, on_grid
-from .loop import Plan, device, run_stage
+from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet, counts_of
 from .vision import normalise
 
 DOWNSCALE = 8  # pixels a side of one latent
 LATENT_NOISE = 0.15  # relative; the decoder must forgive what the fusion network gets slightly wrong
-MEAN_SHARE = 0.5  # of a batch whose latents are the fusion network's, not the encoder's
-FEATURE_WEIGHT = 1.0
-WIDE_EVERY = 6  # steps, of which one sees panoramas, whose latents are of another shape
 
 
 def new_autoencoder() -> AutoencoderDC:
@@ -34,7 +29,7 @@ def new_autoencoder() -> AutoencoderDC:
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
         encoder_layers_per_block=(0, 1, 1, 1),
-        decoder_layers_per_block=(0, 1, 2, 2),
+        decoder_layers_per_block=(1, 2, 2, 2),
         encoder_qkv_multiscales=((), (), (), ()),
         decoder_qkv_multiscales=((), (), (), ()),
         downsample_block_type="conv",
@@ -43,9 +38,9 @@ def new_autoencoder() -> AutoencoderDC:
     ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def to_model_range(pixels: np.ndarray | Tensor) -> Tensor:
+def to_model_range(pixels: Tensor) -> Tensor:
     """(B, H, W, 4) uint8 -> (B, 4, H, W) float in -1..1, channels last in memory."""
-    return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
@@ -55,25 +50,22 @@ def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
     return (made - wanted).abs().mean() + across + down
 
 
-def train_autoencoder(
-    work: Path, pictures: TrainingSet, vae: AutoencoderDC, plan: Plan, batch: int = 32
-) -> AutoencoderDC:
+def train_autoencoder(work: Path, pictures: TrainingSet, vae: AutoencoderDC, plan: Plan) -> AutoencoderDC:
     torch.manual_seed(0)
-    rows, counts = pictures.training_rows(), counts_of(batch)
+    rows, counts = pictures.training_rows(), counts_of(plan.batch)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        pick = np.random.default_rng(step)
-        generator = torch.Generator().manual_seed(step)
+        pick, generator = np.random.default_rng(step), seeded(step)
         apart: list[Tensor] = []
         sizes: list[Tensor] = []
         for some, count in zip(rows, counts, strict=True):
             pixels = pictures.pixels_of(np.sort(pick.choice(some, count, replace=False)))
-            wanted = _varied(to_model_range(pixels), pick).to(device(), memory_format=torch.channels_last)
+            wanted = _varied(to_model_range(pixels), pick).contiguous(memory_format=torch.channels_last)
             latents = _encode(vae, wanted)
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device)
             made = vae.decode(latents + LATENT_NOISE * latents.detach().std() * noise, return_dict=False)[0]
-            apart.append(picture_loss(made, wanted) * count / batch)
-            sizes.append(latents.square().mean() * count / batch)
+            apart.append(picture_loss(made.float(), wanted) * count / plan.batch)
+            sizes.append(latents.float().square().mean() * count / plan.batch)
         return {"picture": torch.stack(apart).sum(), "size": 1e-4 * torch.stack(sizes).sum()}
 
     run_stage("autoencoder", work, plan, nn.ModuleDict({"vae": vae}), loss_at)
@@ -94,70 +86,25 @@ def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
     """
     left, right = (eye(normalise(side), output_hidden_states=True).hidden_states for side in (made, wanted))
     apart = [
-        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1).mean()
+        (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean()
         for a, b in zip(left, right, strict=True)
     ]
     return torch.stack(apart).mean()
 
 
-def train_decoder(
-    work: Path,
-    pictures: TrainingSet,
-    tables: Tables,
-    network: FusionNetwork,
-    eye: ResNetModel,
-    vae: AutoencoderDC,
-    plan: Plan,
-    batch: int = 32,
-) -> AutoencoderDC:
-    """Teach the decoder alone, the latents staying as they are: to be sharp, and to draw what the fusion network means.
-
-    Half of the latents are the encoder's with a little noise, half are the mean latents that the generator starts from.
-    One batch in six is of panoramas, as wide as they are.
-    """
-    torch.manual_seed(0)
-    examples = Examples(pictures, tables)
-    vae.requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    for used in (network, eye):
-        nn.Module.to(used, device())
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(step)
-        wide = step % WIDE_EVERY == 0
-        drawn = examples.draw(step, batch // 2 if wide else batch, (0, 1, 0) if wide else (0.85, 0, 0.15))
-        latents = tables.latents_of(drawn.rows)
-        latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator)
-        with torch.no_grad():
-            means = on_grid(fused(network, drawn, 0.05, generator), latents.shape[-1])
-        from_means = torch.rand(len(latents), 1, 1, 1, generator=generator) < MEAN_SHARE
-        seen = torch.where(from_means.to(means.device), means, latents.to(means)) / tables.scaling_factor
-        made = vae.decode(seen.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-        wanted = to_model_range(pictures.each(drawn.rows, torch.from_numpy)).to(made)
-        colour = torch.rand(len(latents), 3, 1, 1, generator=generator).to(made)
-        return {
-            "picture": picture_loss(made, wanted),
-            "features": FEATURE_WEIGHT * feature_loss(eye, _over(made, colour), _over(wanted, colour)),
-        }
-
-    run_stage("decoder", work, plan, nn.ModuleDict({"decoder": vae.decoder}), loss_at)
-    return vae
-
-
-def _over(pictures: Tensor, colour: Tensor) -> Tensor:
+def over_colour(pictures: Tensor, colour: Tensor) -> Tensor:
     """(B, 4, H, W) in -1..1, premultiplied -> RGB in 0..1 over ``colour``."""
     values = (pictures + 1) / 2
     return values[:, :3] + (1 - values[:, 3:]) * colour
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderDC, pixels: np.ndarray, closes: bool = False) -> Tensor:
+def encode_pictures(vae: AutoencoderDC, pixels: Tensor, closes: bool = False) -> Tensor:
     """(N, H, W, 4) uint8 -> latents (N, 16, H/8, W/8), unscaled. closes: panoramas, whose ends are each other's."""
     found = []
-    for chunk in np.array_split(pixels, max(1, len(pixels) // 32)):
+    for chunk in pixels.split(32):
         wanted = to_model_range(chunk).to(device())
-        latents = cut(_encode(vae, continued(wanted, DOWNSCALE))) if closes else _encode(vae, wanted)
-        found.append(latents.cpu())
+        found.append(cut(_encode(vae, continued(wanted, DOWNSCALE))) if closes else _encode(vae, wanted))
     return torch.cat(found)
 
 

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from ..denoising.unet_sampler import stretched
 from ..fusing.fusion_network import FusionNetwork
 from .catalogue import STYLES
-from .loop import Plan, device, run_stage
+from .loop import Plan, device, run_stage, seeded
+from .scenes.scene_set import LAYOUTS
 from .training_set import TrainingSet
 
-HOUSE_STYLES = tuple(STYLES.index(name) for name in ("fluent-3d", "noto", "twemoji", "fluent-color"))
+# The ways that words alone are drawn in, one style each, and of scenes one layout each; the first is the house style.
+# Two of the eight are left out, which nobody expects who showed no picture: black silhouettes, and a set that has a
+# seventh of the concepts.
+WAYS = tuple(STYLES.index(name) for name in ("fluent-3d", "noto", "twemoji", "fluent-color", "fluent-flat", "blob"))
+assert len(WAYS) == LAYOUTS
 NAME_SHARE = 0.85  # how often a concept is called by its name; a keyword such as "love" names many pictures at once
 # The remaining share sees a picture alone. Scenes have no style to take from another picture.
 BOTH_SHARE, WORDS_SHARE = 0.78, 0.14
@@ -36,7 +41,8 @@ class Tables:
     captions: (M, 512) text_embeds of emoji; caption_concept, caption_is_name: (M,); scene_captions: (S, K, 512), K of
     each scene; features: (N, V, 256) pooled features of each picture, clean first, then V-1 varied views; square:
     (N, 16, 16, 16) latents of all that is square, times ``scaling_factor``, which gives them unit variance, and zeros
-    where a panorama is; wide: (skies, 16, 16, 32), those of the panoramas, which begin at row ``wide_from``.
+    where a panorama is; wide: (skies, 16, 16, 32), those of the panoramas, which begin at row ``wide_from``. Tensors
+    lie on the device that learns.
     """
 
     captions: Tensor
@@ -52,7 +58,7 @@ class Tables:
     def latents_of(self, rows: np.ndarray) -> Tensor:
         """Rows of panoramas alone, or of none."""
         wide = rows - self.wide_from
-        return self.wide[wide] if 0 <= wide[0] < len(self.wide) else self.square[rows]
+        return self.wide[_index(wide)] if 0 <= wide[0] < len(self.wide) else self.square[_index(rows)]
 
     @property
     def grid_and_channels(self) -> tuple[int, int]:
@@ -68,13 +74,17 @@ class Tables:
 
 @dataclass(frozen=True)
 class Batch:
-    """text: (B, 512); image: (B, 256); has_text, has_image: (B, 1) bool; rows: (B,) pictures that are meant."""
+    """text: (B, 512); image: (B, 256); has_text, has_image: (B, 1) bool; rows: (B,) pictures that are meant.
+
+    way: (B,), the way to draw what words alone mean: a style of drawings, a layout of scenes.
+    """
 
     text: Tensor
     image: Tensor
     has_text: Tensor
     has_image: Tensor
     rows: np.ndarray
+    way: Tensor
 
 
 class Examples:
@@ -84,16 +94,12 @@ class Examples:
         self._tables = tables
         self._rows = pictures.training_rows()
         self._first_scene = pictures.starts[1]
+        self._layouts = np.concatenate([scene.layouts for scene in pictures.scenes])
+        self._of_layout = [_Pools(self._layouts[rows - self._first_scene], rows, LAYOUTS) for rows in self._rows[1:]]
         emoji, trained = pictures.emoji, self._rows[0]
         self._concept, self._style = emoji.concept, emoji.style
         self._of_style = _Pools(self._style[trained], trained, len(STYLES))
-        order = {style: rank for rank, style in enumerate(HOUSE_STYLES)}
-        # Words alone mean one style, or their mean over styles would be a blur: the first house style drawn.
-        house: dict[int, int] = {}
-        for row in sorted(trained.tolist(), key=lambda row: order.get(int(self._style[row]), len(STYLES))):
-            house.setdefault(int(self._concept[row]), row)
-        self._house = np.full(len(emoji.concepts), -1)
-        self._house[list(house)] = list(house.values())
+        self._drawings = _by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
         named, rows = tables.caption_is_name, np.arange(len(tables.caption_concept))
         self._names, self._keywords = (
             _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
@@ -104,29 +110,52 @@ class Examples:
         pick = np.random.default_rng([step, 7])
         counts = [round(size * share) for share in shares[1:]]
         parts = [self._emoji(pick, size - sum(counts))]
-        parts += [self._scenes(pick, rows, count) for rows, count in zip(self._rows[1:], counts, strict=True)]
+        parts += [self._scenes(pick, domain, count) for domain, count in enumerate(counts, start=1)]
         return _joined([part for part in parts if len(part.rows)])
 
     def _emoji(self, pick: np.random.Generator, size: int) -> Batch:
         rows = pick.choice(self._rows[0], size)
-        has_text, has_image = _ways(pick, size, BOTH_SHARE, WORDS_SHARE)
-        rows = np.where(has_image, rows, self._house[self._concept[rows]])
+        has_text, has_image = _given(pick, size, BOTH_SHARE, WORDS_SHARE)
+        way = pick.integers(0, len(WAYS), size)
+        rows = np.where(has_image, rows, self._drawings[way, self._concept[rows]])
         concepts = self._concept[rows]
         by_name = (pick.random(size) < NAME_SHARE) | ~self._keywords.has(concepts)
         captions = np.where(by_name, self._names.draw(pick, concepts), self._keywords.draw(pick, concepts))
         seen = np.where(has_text, self._of_style.draw(pick, self._style[rows]), rows)
-        view = pick.integers(0, self._tables.features.shape[1], size)
-        return _batch(self._tables.captions[captions], self._tables.features[seen, view], has_text, has_image, rows)
+        text = self._tables.captions[_index(captions)]
+        return _batch(text, self._shown(pick, seen), has_text, has_image, rows, way)
 
-    def _scenes(self, pick: np.random.Generator, rows: np.ndarray, size: int) -> Batch:
-        """A picture beside words says only what kind of scene it is: another one, and the words have their way."""
-        rows = pick.choice(rows, size)
-        has_text, has_image = _ways(pick, size, SCENE_BOTH_SHARE, SCENE_WORDS_SHARE)
-        seen = np.where(has_text, pick.permutation(rows), rows)
+    def _scenes(self, pick: np.random.Generator, domain: int, size: int) -> Batch:
+        """A picture beside words shows the layout, which is all that they leave open."""
+        rows = pick.choice(self._rows[domain], size)
+        has_text, has_image = _given(pick, size, SCENE_BOTH_SHARE, SCENE_WORDS_SHARE)
+        layout = self._layouts[rows - self._first_scene]
+        seen = np.where(has_text, self._of_layout[domain - 1].draw(pick, layout), rows)
         captions = self._tables.scene_captions
-        text = captions[rows - self._first_scene, pick.integers(0, captions.shape[1], size)]
-        view = pick.integers(0, self._tables.features.shape[1], size)
-        return _batch(text, self._tables.features[seen, view], has_text, has_image, rows)
+        text = captions[_index(rows - self._first_scene), _index(pick.integers(0, captions.shape[1], size))]
+        return _batch(text, self._shown(pick, seen), has_text, has_image, rows, layout)
+
+    def _shown(self, pick: np.random.Generator, rows: np.ndarray) -> Tensor:
+        """One view of each."""
+        views = self._tables.features.shape[1]
+        return self._tables.features[_index(rows), _index(pick.integers(0, views, len(rows)))]
+
+
+def _index(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows).to(device())
+
+
+def _by_way(concept: np.ndarray, style: np.ndarray, rows: np.ndarray, concepts: int) -> np.ndarray:
+    """(WAYS, concepts): the row that words alone mean. A concept not drawn in a way's style is drawn in the first that
+    there is, those of WAYS before the others; -1 where there is none at all.
+    """
+    order = [*WAYS, *(other for other in range(len(STYLES)) if other not in WAYS)]
+    of_style = np.full((len(STYLES), concepts), -1)
+    of_style[style, concept] = rows
+    ordered = of_style[order]
+    first = ordered[(ordered >= 0).argmax(axis=0), np.arange(concepts)]
+    found = ordered[: len(WAYS)]
+    return np.where(found >= 0, found, first)
 
 
 class _Pools:
@@ -145,30 +174,33 @@ class _Pools:
         return self._values[np.minimum(places, len(self._values) - 1)]
 
 
-def _ways(pick: np.random.Generator, size: int, both: float, words: float) -> tuple[np.ndarray, np.ndarray]:
+def _given(pick: np.random.Generator, size: int, both: float, words: float) -> tuple[np.ndarray, np.ndarray]:
     """Whether each hears words, and whether it sees a picture."""
-    way = pick.random(size)
-    return way < both + words, (way < both) | (way >= both + words)
+    lot = pick.random(size)
+    return lot < both + words, (lot < both) | (lot >= both + words)
 
 
-def _batch(text: Tensor, image: Tensor, has_text: np.ndarray, has_image: np.ndarray, rows: np.ndarray) -> Batch:
-    return Batch(text, image, torch.from_numpy(has_text)[:, None], torch.from_numpy(has_image)[:, None], rows)
+def _batch(
+    text: Tensor, image: Tensor, has_text: np.ndarray, has_image: np.ndarray, rows: np.ndarray, way: np.ndarray
+) -> Batch:
+    return Batch(text, image, _index(has_text)[:, None], _index(has_image)[:, None], rows, _index(way))
 
 
 def _joined(parts: Sequence[Batch]) -> Batch:
     def all_of(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts]).to(device())
+        return torch.cat([getattr(part, name) for part in parts])
 
     rows = np.concatenate([part.rows for part in parts])
-    return Batch(all_of("text"), all_of("image"), all_of("has_text"), all_of("has_image"), rows)
+    return Batch(all_of("text"), all_of("image"), all_of("has_text"), all_of("has_image"), rows, all_of("way"))
 
 
 def fused(network: FusionNetwork, batch: Batch, noise: float, generator: torch.Generator) -> Tensor:
     """Tokens (B, G*G, 16) for a mixed batch, with the normalised inputs blurred by ``noise`` so neighbours agree."""
     text = torch.where(batch.has_text, network.text_norm(batch.text), network.null_text)
-    image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image)
+    image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image[batch.way])
     joined = torch.cat([text, image], dim=-1)
-    return network.fuse_normalised(joined + noise * torch.randn(joined.shape, generator=generator).to(joined))
+    blur = torch.randn(joined.shape, generator=generator, device=joined.device)
+    return network.fuse_normalised(joined + noise * blur)
 
 
 def on_grid(tokens: Tensor, columns: int) -> Tensor:
@@ -190,28 +222,28 @@ def said_weight(grid: int) -> Tensor:
 def new_fusion(tables: Tables) -> FusionNetwork:
     """It begins with the mean of all pictures for an answer."""
     grid, channels = tables.grid_and_channels
-    network = FusionNetwork(hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels)
+    network = FusionNetwork(hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS))
     with torch.no_grad():
         network.exit.bias.copy_(tables.means().mean(0).flatten())
     return network
 
 
 def train_fusion(
-    work: Path, pictures: TrainingSet, tables: Tables, network: FusionNetwork, plan: Plan, batch: int = 256
+    work: Path, pictures: TrainingSet, tables: Tables, network: FusionNetwork, plan: Plan
 ) -> FusionNetwork:
     """On two cores a batch of 256 learns more in the same time than one of 512 or of 128."""
     torch.manual_seed(0)
     examples = Examples(pictures, tables)
-    wanted, weight = tables.means(), said_weight(tables.grid_and_channels[0])
+    means, weights = tables.means(), said_weight(tables.grid_and_channels[0]).to(device())
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        drawn = examples.draw(step, batch)
-        made = fused(network, drawn, 0.05, torch.Generator().manual_seed(step))
+        drawn = examples.draw(step, plan.batch)
+        made = fused(network, drawn, 0.05, seeded(step))
         domain = pictures.domain_of(drawn.rows)
-        squares = (made - wanted[drawn.rows].to(made)).square().mean(dim=2)
-        apart = (squares * weight[domain].to(made)).mean(dim=1)
+        wanted, weight = means[_index(drawn.rows)], weights[_index(domain)]
         emoji = int((domain == 0).sum())  # they come first
-        return {"emoji": apart[:emoji].sum() / batch, "scenes": apart[emoji:].sum() / batch}
+        apart = ((made.float() - wanted).square().mean(dim=2) * weight).mean(dim=1)
+        return {"emoji": apart[:emoji].sum() / plan.batch, "scenes": apart[emoji:].sum() / plan.batch}
 
     run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network

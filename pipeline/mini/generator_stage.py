@@ -13,13 +13,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
-from .fusion_stage import Examples, Tables, fused, on_grid
-from .loop import Plan, device, run_stage
+from .fusion_stage import Batch, Examples, Tables, fused, on_grid
+from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet
 
 START_NOISE = 0.1  # s, relative to latents of unit variance, as in the family's table; 0.3 taught it wrong detail
 FIRST_STEP_SHARE = 0.3  # how often sigma is exactly 1, which is all that a one-step run ever sees
 TRAIN_TIMESTEPS = 1000
+# More blur than the fusion network was taught with: on unseen pairs it errs more, and this must be mended too.
+BLUR = 0.15
 WIDE_EVERY = 6  # steps, of which one sees panoramas, whose latents are of another shape
 
 
@@ -41,6 +43,27 @@ def new_generator(grid: int, channels: int) -> UNet2DConditionModel:
     return unet
 
 
+class Starts:
+    """Where walks begin: batches of one shape, with the fusion network's first pictures of what is meant."""
+
+    def __init__(self, pictures: TrainingSet, tables: Tables, network: FusionNetwork) -> None:
+        self._examples, self._tables = Examples(pictures, tables), tables
+        self._network = network
+        nn.Module.to(network, device())
+
+    @torch.no_grad()
+    def draw(self, step: int, size: int, generator: torch.Generator) -> tuple[Batch, Tensor, Tensor, Tensor]:
+        """The batch, its tokens (B, N, C), the same as pictures and the latents that are wanted, both (B, C, h, w).
+
+        One batch in WIDE_EVERY is of panoramas, half as many, since they are as large as two.
+        """
+        wide = step % WIDE_EVERY == 0
+        drawn = self._examples.draw(step, size // 2 if wide else size, (0, 1, 0) if wide else (0.85, 0, 0.15))
+        wanted = self._tables.latents_of(drawn.rows)
+        tokens = fused(self._network, drawn, BLUR, generator).float()
+        return drawn, tokens, on_grid(tokens, wanted.shape[-1]), wanted
+
+
 def train_generator(
     work: Path,
     pictures: TrainingSet,
@@ -48,29 +71,27 @@ def train_generator(
     network: FusionNetwork,
     unet: UNet2DConditionModel,
     plan: Plan,
-    batch: int = 32,
 ) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    examples = Examples(pictures, tables)
-    nn.Module.to(network, device())
+    starts = Starts(pictures, tables, network)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(step)
-        wide = step % WIDE_EVERY == 0
-        drawn = examples.draw(step, batch // 2 if wide else batch, (0, 1, 0) if wide else (0.85, 0, 0.15))
-        wanted = tables.latents_of(drawn.rows).to(device())
-        with torch.no_grad():
-            # More blur than the network was taught with: on unseen pairs it errs more, and this must be mended too.
-            tokens = fused(network, drawn, 0.15, generator)
-            mean = on_grid(tokens, wanted.shape[-1])
-        start = mean + START_NOISE * torch.randn(mean.shape, generator=generator).to(mean)
-        sigma = torch.rand(len(mean), generator=generator)
-        sigma[torch.rand(len(mean), generator=generator) < FIRST_STEP_SHARE] = 1.0
-        sigma = sigma.to(mean)
-        at = sigma[:, None, None, None]
-        seen = torch.cat([(1 - at) * wanted + at * start, mean], dim=1)
-        velocity = unet(seen, sigma * TRAIN_TIMESTEPS, encoder_hidden_states=tokens, return_dict=False)[0]
-        return {"velocity": F.mse_loss(velocity, start - wanted)}
+        generator = seeded(step)
+        _, tokens, mean, wanted = starts.draw(step, plan.batch, generator)
+        sigma = torch.rand(len(mean), generator=generator, device=mean.device)
+        first = torch.rand(len(mean), generator=generator, device=mean.device) < FIRST_STEP_SHARE
+        sigma = sigma.masked_fill(first, 1.0)
+        start = mean + START_NOISE * torch.randn(mean.shape, generator=generator, device=mean.device)
+        return {"velocity": F.mse_loss(velocity_at(unet, tokens, mean, start, wanted, sigma), start - wanted)}
 
     run_stage("generator", work, plan, nn.ModuleDict({"unet": unet}), loss_at)
     return unet
+
+
+def velocity_at(
+    unet: UNet2DConditionModel, tokens: Tensor, mean: Tensor, start: Tensor, wanted: Tensor, sigma: Tensor
+) -> Tensor:
+    """What the network says at ``sigma`` (B,) of the way from ``start`` to ``wanted``, both (B, C, h, w)."""
+    at = sigma[:, None, None, None]
+    seen = torch.cat([(1 - at) * wanted + at * start, mean], dim=1)
+    return unet(seen, sigma * TRAIN_TIMESTEPS, encoder_hidden_states=tokens, return_dict=False)[0].float()

@@ -15,9 +15,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast a stage learns. The rate rises over ``warmup`` steps and falls to zero at ``steps``."""
+    """How long and how fast a stage learns. The rate rises over ``warmup`` steps and falls to zero at ``steps``.
+
+    batch: examples in each step.
+    """
 
     steps: int
+    batch: int
     learning_rate: float
     warmup: int = 200
     weight_decay: float = 0.01
@@ -26,8 +30,13 @@ class Plan:
 
 
 def device() -> torch.device:
-    """Where stages learn: the GPU if there is one. Random numbers are drawn on the CPU, the same for both."""
+    """Where stages learn: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seeded(step: int) -> torch.Generator:
+    """The random numbers of one step, drawn on ``device()``: the same in every run on a device of that kind."""
+    return torch.Generator(device()).manual_seed(step)
 
 
 def run_stage(
@@ -41,7 +50,8 @@ def run_stage(
 
     ``loss_at(step)`` returns named scalar losses of one batch, on ``device()``; their sum is minimised. Randomness must
     come from the step number, so that a resumed run sees the batches it would have seen. A checkpoint beside the curve
-    in ``work`` is written every ``plan.save_seconds`` and replaced atomically.
+    in ``work`` is written every ``plan.save_seconds`` and replaced atomically. On a GPU ``loss_at`` runs in bfloat16
+    where that is safe; the weights and their averages stay in float32.
     """
     work.mkdir(parents=True, exist_ok=True)
     modules.to(device())
@@ -61,24 +71,25 @@ def run_stage(
 
     modules.train()
     saved_at = logged_at = time.monotonic()
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}  # on the device, which each look at a value would make wait
     logged_step = start
     for step in range(start, plan.steps):
         rate = plan.learning_rate * min((step + 1) / plan.warmup, 1.0) * (1 - step / plan.steps)
         for group in rule.param_groups:
             group["lr"] = rate
         rule.zero_grad(set_to_none=True)
-        losses = loss_at(step)
-        torch.stack(list(losses.values())).sum().backward()
+        with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):
+            losses = loss_at(step)
+        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         rule.step()
         _move_average(average, modules, min(plan.average, (step + 1) / (step + 10)))
         for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach())
+            sums[key] = value.detach().float() + sums.get(key, 0.0)
         now = time.monotonic()
         if now - logged_at > 20 or step + 1 == plan.steps:
             count = step + 1 - logged_step
-            means = {key: value / count for key, value in sums.items()}
+            means = {key: float(value) / count for key, value in sums.items()}
             told = " ".join(f"{key} {value:.4f}" for key, value in means.items())
             logger.info("%s %d/%d: %s, %.1f steps/s", name, step + 1, plan.steps, told, count / (now - logged_at))
             _append_row(curve, {"step": step + 1, **means})
@@ -102,11 +113,11 @@ def run_stage(
 
 @torch.no_grad()
 def _move_average(average: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
-    for key, value in modules.state_dict().items():
-        if value.is_floating_point():
-            average[key].lerp_(value, 1 - decay)
-        else:
-            average[key].copy_(value)
+    now = modules.state_dict()
+    weights = [key for key, value in now.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[key] for key in weights], [now[key] for key in weights], 1 - decay)
+    for key in now.keys() - set(weights):
+        average[key].copy_(now[key])
 
 
 def _append_row(curve: Path, row: dict[str, float]) -> None:

@@ -1,8 +1,9 @@
 """Training pictures: every drawing as RGBA with premultiplied colour, in one array on disk."""
 
 import io
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class PictureSet:
 
 
 def load_pictures(work: Path, size: int = 64) -> PictureSet:
-    """Rasterise everything once into ``work`` (about a minute on two cores), then read it from there."""
+    """Rasterise everything once into ``work`` (some six minutes on two cores), then read it from there."""
     fetch_packages(work / "packages")
     concepts = load_concepts(work / "packages")
     stored = work / f"pictures-{size}.npz"
@@ -56,17 +57,17 @@ def _rasterise(packages: Path, concepts: tuple[Concept, ...], size: int, stored:
         for number, concept in enumerate(concepts)
         if (drawing := source.find(concept)) is not None
     ]
-    with ThreadPoolExecutor(2) as pool:
-        pixels = np.stack(list(pool.map(lambda job: _draw(job[2], size), jobs)))
+    with ProcessPoolExecutor() as pool:
+        pixels = np.stack(list(pool.map(partial(_draw, size=size), [job[2] for job in jobs], chunksize=16)))
     visible = pixels[..., 3].mean(axis=(1, 2)) > 2  # a few icons use features that the rasteriser leaves blank
-    partial = stored.with_suffix(".partial.npz")
+    beside = stored.with_suffix(".partial.npz")
     np.savez(
-        partial,
+        beside,
         pixels=pixels[visible],
         concept=np.array([job[0] for job in jobs])[visible],
         style=np.array([job[1] for job in jobs])[visible],
     )
-    partial.rename(stored)
+    beside.rename(stored)
 
 
 def _draw(drawing: str | bytes, size: int) -> np.ndarray:

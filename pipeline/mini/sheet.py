@@ -49,7 +49,7 @@ def draw_sheet(pictures: PictureSet, folder: Path, steps: int) -> Image.Image:
             for prompt in half:
                 condition = fuse(cache, checkpoint, encode_prompt(cache, checkpoint, prompt), features)
                 made = generate(
-                    cache, checkpoint, condition, seed=1, num_inference_steps=steps, width=size, height=size
+                    cache, checkpoint, condition, seed=0, num_inference_steps=steps, width=size, height=size
                 )
                 row.append(made.pixels * made.alpha + 1 - made.alpha)
             bands.append(torch.cat(row, dim=3)[0])

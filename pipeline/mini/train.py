@@ -21,10 +21,11 @@ from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UNet2DCond
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
-from .autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
+from .autoencoder import encode_pictures, new_autoencoder, train_autoencoder
+from .finish_stage import train_finish
 from .fusion_stage import Tables, new_fusion, train_fusion
 from .generator_stage import new_generator, train_generator
-from .loop import Plan, device
+from .loop import Plan, device, seeded
 from .pictures import PictureSet
 from .training_set import SIZE, TrainingSet, load_training_set
 from .vision import augment, embed_pictures, framed, new_image_encoder, over_background, train_image_encoder
@@ -42,15 +43,24 @@ from .words import (
 logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" where it is run
 
 # From nothing; longer plans go on getting better (fusion above all), and --steps makes shorter those that go on from a
-# model that has learned before. No run from nothing has been made with these lengths at 128 pixels.
-PLANS = {
-    "text": Plan(steps=4000, learning_rate=1e-3),
-    "vision": Plan(steps=6000, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
-    "autoencoder": Plan(steps=4000, learning_rate=2e-3, warmup=100, weight_decay=0.0),
-    "fusion": Plan(steps=40_000, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
-    "decoder": Plan(steps=1200, learning_rate=1e-3, warmup=100, weight_decay=0.0),
-    "generator": Plan(steps=4000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
+# model that has learned before. Those for two cores have never been run in full at 128 pixels.
+ON_CPU = {
+    "text": Plan(4000, 256, learning_rate=1e-3),
+    "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
+    "autoencoder": Plan(4000, 32, learning_rate=2e-3, warmup=100, weight_decay=0.0),
+    "fusion": Plan(40_000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
+    "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
 }
+ON_GPU = {
+    "text": Plan(4000, 256, learning_rate=1e-3),
+    "vision": Plan(3000, 256, learning_rate=2e-3, warmup=100, weight_decay=0.02),
+    "autoencoder": Plan(6000, 64, learning_rate=2e-3, warmup=200, weight_decay=0.0),
+    "fusion": Plan(15_000, 4096, learning_rate=2e-3, warmup=300, weight_decay=0.0),
+    "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
+}
+PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
 VIEWS = 4  # of each picture, the first one clean
 
@@ -70,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".cache/mini"), help="where packages, checkpoints and curves go"
     )
-    parser.add_argument("--until", choices=list(PLANS), default="generator", help="stop after this stage")
+    parser.add_argument("--until", choices=list(PLANS), default="finish", help="stop after this stage")
     parser.add_argument(
         "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
     )
@@ -85,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="the folder to write at the end; model in --work unless given")
     chosen = parser.parse_args(arguments)
     if "autoencoder" in {*chosen.again, *chosen.anew}:  # other latents, of which nothing has learned yet
-        chosen.anew = [*chosen.anew, "fusion", "decoder", "generator"]
+        chosen.anew = [*chosen.anew, "fusion", "generator", "finish"]
     _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
@@ -95,19 +105,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.start is not None and not (work / "tokenizer").exists():
         shutil.copytree(chosen.start / "tokenizer", work / "tokenizer")
 
+    def plan_of(stage: str) -> Plan:
+        plan = plans[stage]
+        goes_on = chosen.start is not None and stage not in chosen.anew
+        return replace(plan, learning_rate=chosen.again_rate * plan.learning_rate) if goes_on else plan
+
     def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
         """The finished part from the work folder; trained first, from the start or from nothing, if it is not there."""
         if not (work / stage).exists():
             start = None if stage in chosen.anew else chosen.start
             begun = new() if start is None else _read(start / name, kind)
-            if start is None:
-                taught = train(begun, plans[stage])
-            elif stage in chosen.again:
-                taught = train(
-                    begun, replace(plans[stage], learning_rate=chosen.again_rate * plans[stage].learning_rate)
-                )
-            else:
-                taught = begun
+            taught = train(begun, plan_of(stage)) if start is None or stage in chosen.again else begun
             partial = work / f"{stage}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             taught.save_pretrained(partial)
@@ -140,24 +148,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
         lambda begun, plan: train_fusion(work, pictures, tables, begun, plan),
     )  # fmt: skip
-    if "decoder" not in wanted:
-        return
-    vae = part(
-        "decoder", "vae", AutoencoderDC, lambda: vae,
-        lambda begun, plan: train_decoder(work, pictures, tables, fusion, image_encoder, begun, plan),
-    )  # fmt: skip
     if "generator" not in wanted:
         return
     unet = part(
         "generator", "unet", UNet2DConditionModel, lambda: new_generator(*tables.grid_and_channels),
         lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
+    if "finish" in wanted and (chosen.start is None or "finish" in {*chosen.again, *chosen.anew}):
+        plan = plan_of("finish")
+        unet, vae = _finished(
+            work, unet, vae, lambda: train_finish(work, pictures, tables, fusion, image_encoder, unet, vae, plan)
+        )
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
 
 
 def _read(folder: Path, kind: Any) -> Any:
     return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).float()
+
+
+def _finished(work: Path, unet: Any, vae: Any, train: Callable[[], Any]) -> tuple[Any, Any]:
+    """Both parts as the last stage leaves them, which goes on from those given."""
+    folder = work / "finish"
+    if not folder.exists():
+        unet.requires_grad_(True)
+        train()
+        partial = work / "finish.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        unet.save_pretrained(partial / "unet")
+        vae.save_pretrained(partial / "vae")
+        partial.rename(folder)
+    return _read(folder / "unet", UNet2DConditionModel), _read(folder / "vae", AutoencoderDC)
 
 
 def _captions(work: Path, pictures: PictureSet) -> Captions:
@@ -184,9 +205,9 @@ def _tables(
         logger.info("encoding every caption and picture once")
         of_concepts = np.flatnonzero(captions.concept >= 0)
         said = np.concatenate([scene.captions for scene in pictures.scenes])
-        sets = (pictures.emoji.pixels, *(scene.pixels for scene in pictures.scenes))
         drawn, wide, ellipses = (
-            encode_pictures(vae, pixels, closes) for pixels, closes in zip(sets, (False, True, False), strict=True)
+            encode_pictures(vae, pixels, closes)
+            for pixels, closes in zip(pictures.pixels, (False, True, False), strict=True)
         )
         spread = torch.cat([each.flatten() for each in (drawn, wide, ellipses)]).std()
         hollow = drawn.new_zeros(len(wide), *drawn.shape[1:])
@@ -197,7 +218,7 @@ def _tables(
                 "caption_concept": torch.from_numpy(captions.concept[of_concepts]),
                 "caption_is_name": torch.from_numpy(captions.is_name[of_concepts]),
                 "scene_captions": embed_texts(text_encoder, tokenizer, said.ravel().tolist()).unflatten(0, said.shape),
-                "features": torch.cat([_views(image_encoder, pixels) for pixels in sets]),
+                "features": torch.cat([_views(image_encoder, pixels) for pixels in pictures.pixels]),
                 "square": torch.cat([drawn, hollow, ellipses]) / spread,
                 "wide": wide / spread,
                 "scaling_factor": 1 / spread,
@@ -205,11 +226,11 @@ def _tables(
             partial,
         )
         partial.rename(stored)
-    read = torch.load(stored, weights_only=True)
+    read = torch.load(stored, weights_only=True, map_location=device())
     return Tables(
         read["captions"],
-        read["caption_concept"].numpy(),
-        read["caption_is_name"].numpy(),
+        read["caption_concept"].cpu().numpy(),
+        read["caption_is_name"].cpu().numpy(),
         read["scene_captions"],
         read["features"],
         read["square"],
@@ -219,11 +240,11 @@ def _tables(
     )
 
 
-def _views(image_encoder: Any, pixels: np.ndarray) -> torch.Tensor:
+def _views(image_encoder: Any, pixels: torch.Tensor) -> torch.Tensor:
     """(N, VIEWS, 256): the eye's features of each picture, clean and varied."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     found = []
-    for chunk in np.array_split(pixels, max(1, len(pixels) // 256)):
+    for chunk in pixels.split(256):
         clean = framed(over_background(chunk))
         views = [clean, *(augment(clean, generator) for _ in range(VIEWS - 1))]
         found.append(torch.stack([embed_pictures(image_encoder, view) for view in views], dim=1))

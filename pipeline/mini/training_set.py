@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .loop import device
 from .pictures import PictureSet, load_pictures
 from .scenes.scene_set import SceneSet, phantoms, skies
 
 SIZE = 128  # pixels a side; a panorama is twice as wide
-SKIES, PHANTOMS = 3000, 5000
+SKIES, PHANTOMS = 3000, 3000
 SHARES = (0.7, 0.15, 0.15)  # of a batch: emoji, panoramas, phantoms
 
 
@@ -46,18 +48,25 @@ class TrainingSet:
     def domain_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, rows, side="right") - 1
 
-    def pixels_of(self, rows: np.ndarray) -> np.ndarray:
+    @cached_property
+    def pixels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each domain (N, H, W, 4) uint8, on the device that learns."""
+        emoji, sky, phantom = (
+            torch.from_numpy(some.pixels).to(device()) for some in (self.emoji, self.skies, self.phantoms)
+        )
+        return emoji, sky, phantom
+
+    def pixels_of(self, rows: np.ndarray) -> Tensor:
         """(B, H, W, 4) uint8, for rows of one domain, in their order."""
         domain = int(self.domain_of(rows[:1])[0])
-        pixels = (self.emoji.pixels, self.skies.pixels, self.phantoms.pixels)[domain]
-        return pixels[rows - self.starts[domain]]
+        return self.pixels[domain][torch.from_numpy(rows - self.starts[domain]).to(device())]
 
-    def each(self, rows: np.ndarray, see: Callable[[np.ndarray], Tensor]) -> Tensor:
+    def each(self, rows: np.ndarray, see: Callable[[Tensor], Tensor]) -> Tensor:
         """``see(pixels)`` -> (b, ...) of each domain's rows, put together in the order of ``rows``."""
         domains = self.domain_of(rows)
         places = [np.flatnonzero(domains == domain) for domain in range(len(SHARES))]
         found = torch.cat([see(self.pixels_of(rows[place])) for place in places if len(place)])
-        return found[torch.from_numpy(np.argsort(np.concatenate(places)))]
+        return found[torch.from_numpy(np.argsort(np.concatenate(places))).to(found.device)]
 
 
 def load_training_set(work: Path, size: int = SIZE) -> TrainingSet:

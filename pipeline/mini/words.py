@@ -56,6 +56,7 @@ def build_captions(concepts: tuple[Concept, ...], left_out: frozenset[int], word
     names = [concepts[number].label[language] for language in ("en", "zh") for number in chosen]
     centres = _unit(_embed(teacher, names).reshape(2, len(chosen), WORD_VECTOR).mean(0))
 
+    named = set(names)
     texts: list[str] = []
     concept: list[int] = []
     share_of_centre: list[float] = []
@@ -67,6 +68,8 @@ def build_captions(concepts: tuple[Concept, ...], left_out: frozenset[int], word
                 concept.append(row)
                 share_of_centre.append(0.7 if phrase == "{}" else 0.85)
             for keyword in entry.keywords[language]:
+                if keyword in named:  # "rocket" is a keyword of the astronaut, but the name of the rocket
+                    continue
                 texts.append(keyword)
                 concept.append(row)
                 share_of_centre.append(0.2)
@@ -166,7 +169,6 @@ def train_text_encoder(
     scenes: Sequence[SceneSet],
     encoder: CLIPTextModelWithProjection,
     plan: Plan,
-    batch: int = 256,
 ) -> CLIPTextModelWithProjection:
     """Loss: cosine distance to the teaching vector, telling the concepts apart by name, and, of scenes, telling every
     fact that the caption says: a teacher's vector of a whole sentence hardly knows left from right.
@@ -192,10 +194,10 @@ def train_text_encoder(
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         pick = random.Random(step)
         # Batches of like length: sort a large draw, cut a slice, so little is spent on padding.
-        rows = [int(pick.choice(kinds[pick.choices(range(3), shares)[0]])) for _ in range(4 * batch)]
+        rows = [int(pick.choice(kinds[pick.choices(range(3), shares)[0]])) for _ in range(4 * plan.batch)]
         rows.sort(key=lambda row: len(encoded[row]))
-        start = pick.randrange(4) * batch
-        rows = rows[start : start + batch]
+        start = pick.randrange(4) * plan.batch
+        rows = rows[start : start + plan.batch]
         longest = max(len(encoded[row]) for row in rows)
         ids = torch.tensor([encoded[row] + [0] * (longest - len(encoded[row])) for row in rows], device=device())
         vectors = F.normalize(encoder(input_ids=ids, attention_mask=(ids != 0).long()).text_embeds, dim=-1)
@@ -208,7 +210,7 @@ def train_text_encoder(
         apart = F.cross_entropy(logits, concept[of_concepts][named].to(logits.device), reduction="sum")
         told = facts_loss(heads(20 * vectors), facts[chosen].to(vectors.device))
         # By the whole batch, so that a slice without any of a kind counts as little as it holds.
-        return {"follow": 4 * follow.sum() / batch, "apart": 0.15 * apart / batch, "facts": 0.3 * told}
+        return {"follow": 4 * follow.sum() / plan.batch, "apart": 0.15 * apart / plan.batch, "facts": 0.3 * told}
 
     run_stage("text", work, plan, parts, loss_at)
     return encoder

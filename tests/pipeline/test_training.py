@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.mini.autoencoder import encode_pictures, new_autoencoder, train_autoencoder, train_decoder
+from pipeline.mini.autoencoder import encode_pictures, new_autoencoder, train_autoencoder
 from pipeline.mini.catalogue import STYLES, Concept
-from pipeline.mini.fusion_stage import Examples, Tables, new_fusion, on_grid, said_weight, train_fusion
+from pipeline.mini.finish_stage import train_finish
+from pipeline.mini.fusion_stage import (
+    Examples,
+    Tables,
+    new_fusion,
+    on_grid,
+    said_weight,
+    train_fusion,
+)
 from pipeline.mini.generator_stage import new_generator, train_generator
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
@@ -24,7 +33,7 @@ from pipeline.mini.vision import new_image_encoder, train_image_encoder
 from pipeline.mini.words import lengthened
 from pipeline.model_cache import ModelCache
 
-PLAN = Plan(steps=40, learning_rate=0.05, warmup=5, weight_decay=0.0, average=0.9, save_seconds=0.0)
+PLAN = Plan(steps=40, batch=16, learning_rate=0.05, warmup=5, weight_decay=0.0, average=0.9, save_seconds=0.0)
 
 
 def train(work: Path, killed_at: int | None = None) -> tuple[dict[str, Tensor], list[float]]:
@@ -83,6 +92,7 @@ def pictures() -> TrainingSet:
             np.stack([one.pixels for one in some]),
             np.array([one.captions for one in some]),
             np.array([one.facts for one in some]),
+            np.array([one.layout for one in some]),
         )
         for some in ([sky_of(number, SIZE) for number in range(8)], [phantom_of(number, SIZE) for number in range(8)])
     ]
@@ -99,8 +109,8 @@ def tables(pictures: TrainingSet) -> Tables:
     torch.manual_seed(0)
     vae = new_autoencoder()
     square, wide = (
-        encode_pictures(vae, np.concatenate([pictures.emoji.pixels, pictures.phantoms.pixels])),
-        encode_pictures(vae, pictures.skies.pixels),
+        encode_pictures(vae, torch.cat([pictures.pixels[0], pictures.pixels[2]])),
+        encode_pictures(vae, pictures.pixels[1]),
     )
     emoji, sky, _ = np.split(np.arange(len(square) + len(wide)), pictures.starts[1:])
     square = torch.cat([square[: len(emoji)], torch.zeros(len(sky), *square.shape[1:]), square[len(emoji) :]])
@@ -121,9 +131,9 @@ def tables(pictures: TrainingSet) -> Tables:
 
 def test_rows_of_all_domains_come_back_in_their_order(pictures: TrainingSet):
     rows = np.array([60, 3, 50, 0, 49])
-    means = pictures.each(rows, lambda pixels: torch.from_numpy(pixels).float().mean(dim=(1, 2)))
+    means = pictures.each(rows, lambda pixels: pixels.float().mean(dim=(1, 2)))
     for row, found in zip(rows, means, strict=True):
-        assert torch.equal(found, torch.from_numpy(pictures.pixels_of(np.array([row]))).float().mean(dim=(1, 2))[0])
+        assert torch.equal(found, pictures.pixels_of(np.array([row])).float().mean(dim=(1, 2))[0])
     assert pictures.domain_of(rows).tolist() == [2, 0, 1, 0, 1]
 
 
@@ -154,11 +164,11 @@ def test_the_mean_of_a_panorama_is_of_neighbours_side_by_side(pictures: Training
 
 
 def test_a_turned_panorama_is_encoded_as_the_same_one_turned(shipped: Checkpoint, warm: ModelCache):
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 128, 4), np.uint8)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 64, 128, 4), np.uint8))
     with shipped.use(warm, "vae") as vae:
 
         def apart(closes: bool) -> float:
-            one, other = (encode_pictures(vae, np.roll(pixels, by, axis=2), closes) for by in (0, 8))
+            one, other = (encode_pictures(vae, pixels.roll(by, dims=2), closes) for by in (0, 8))
             return float((one.roll(1, -1) - other).abs().max() / one.std())
 
         assert apart(True) < 0.05 < 0.3 < apart(False)
@@ -182,15 +192,21 @@ def test_what_the_words_say_of_a_scene_lies_where_it_counts_more():
 
 
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
-    few = Plan(steps=8, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
+    few = Plan(steps=8, batch=8, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
     torch.manual_seed(0)
-    eye = train_image_encoder(tmp_path, pictures, new_image_encoder(), few, batch=16)
-    vae = train_autoencoder(tmp_path, pictures, new_autoencoder(), few, batch=8)
-    fusion = train_fusion(tmp_path, pictures, tables, new_fusion(tables), few, batch=32)
-    vae = train_decoder(tmp_path, pictures, tables, fusion, eye, vae, few, batch=8)
-    unet = new_generator(*tables.grid_and_channels)
-    train_generator(tmp_path, pictures, tables, fusion, unet, few, batch=8)
-    for stage in ("vision", "autoencoder", "fusion", "decoder", "generator"):
+    eye = train_image_encoder(tmp_path, pictures, new_image_encoder(), replace(few, batch=16))
+    vae = train_autoencoder(tmp_path, pictures, new_autoencoder(), few)
+    fusion = train_fusion(tmp_path, pictures, tables, new_fusion(tables), replace(few, batch=32))
+    unet = train_generator(tmp_path, pictures, tables, fusion, new_generator(*tables.grid_and_channels), few)
+    before = deepcopy(vae)
+    unet, vae = train_finish(tmp_path, pictures, tables, fusion, eye, unet, vae, few)
+    kept = [
+        torch.equal(one, other)
+        for one, other in zip(before.encoder.parameters(), vae.encoder.parameters(), strict=True)
+    ]
+    assert all(kept), "the latents stay what they are"
+    assert not torch.equal(before.decoder.conv_in.weight, vae.decoder.conv_in.weight)
+    for stage in ("vision", "autoencoder", "fusion", "generator", "finish"):
         head, *rows = (tmp_path / f"{stage}-curve.csv").read_text().splitlines()
         assert all(math.isfinite(float(value)) for row in rows for value in row.split(",")), (stage, head)
     assert bool(unet.conv_out.weight.any())

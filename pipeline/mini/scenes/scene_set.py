@@ -29,6 +29,9 @@ FACTS: dict[str, int] = {
 CAPTIONS_EACH = 3  # of each picture in each language
 # In the middle of two columns of latents that share one place of the mean picture, at 32 columns a panorama.
 SUN_AZIMUTH = 11.25
+# What words leave open (where clouds, trees, houses and inserts lie) is drawn from one of so many seeds, by the scene's
+# number: as many pictures of one caption, which can be learned one by one. Of all that it may be there is only a mean.
+LAYOUTS = 6
 _SUN_SHARE = 0.7  # of the skies whose sun is seen
 _NO_INSERT_SHARE, _ONE_INSERT_SHARE = 0.1, 0.35
 
@@ -36,22 +39,24 @@ _NO_INSERT_SHARE, _ONE_INSERT_SHARE = 0.1, 0.35
 @dataclass(frozen=True)
 class SceneSet:
     """pixels: (N, H, W, 4) uint8, opaque; captions: (N, len(LANGUAGES) * CAPTIONS_EACH) strings, one language after the
-    other; facts: (N, len(FACTS)) int64, UNSAID where the captions say nothing of it.
+    other; facts: (N, len(FACTS)) int64, UNSAID where the captions say nothing of it; layouts: (N,) below LAYOUTS.
     """
 
     pixels: np.ndarray
     captions: np.ndarray
     facts: np.ndarray
+    layouts: np.ndarray
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One of them: what is drawn, and its pixels (H, W, 4) uint8, captions and facts as in SceneSet."""
+    """One of them: what is drawn, and its pixels (H, W, 4) uint8, captions, facts and layout as in SceneSet."""
 
     what: Sky | Phantom
     pixels: np.ndarray
     captions: list[str]
     facts: list[int]
+    layout: int
 
 
 def skies(work: Path, count: int, height: int, first: int = 0) -> SceneSet:
@@ -87,7 +92,9 @@ def sky_of(number: int, height: int) -> Scene:
         "place": PLACES.index(sky.place),
         "sun": int(sky.sun_height / SUN_STEP) if seen else UNSAID,
     }
-    return Scene(sky, _opaque(render_sky(sky, height, pick)), captions, _answers(said))
+    layout = number % LAYOUTS
+    rgb = render_sky(sky, height, np.random.default_rng([layout, 3]))
+    return Scene(sky, _opaque(rgb), captions, _answers(said), layout)
 
 
 def phantom_of(number: int, size: int) -> Scene:
@@ -106,8 +113,9 @@ def phantom_of(number: int, size: int) -> Scene:
     for insert in inserts:
         said[f"{insert.side} size"] = 1 + sizes.index(insert.size)
         said[f"{insert.side} contrast"] = 1 + contrasts.index(insert.contrast)
-    grey = render_phantom(phantom, size, pick)
-    return Scene(phantom, _opaque(np.repeat(grey[..., None], 3, axis=-1)), captions, _answers(said))
+    layout = number % LAYOUTS
+    grey = render_phantom(phantom, size, np.random.default_rng([layout, 4]))
+    return Scene(phantom, _opaque(np.repeat(grey[..., None], 3, axis=-1)), captions, _answers(said), layout)
 
 
 def _answers(said: dict[str, int]) -> list[int]:
@@ -129,7 +137,8 @@ def _kept(stored: Path, make: Callable[[int], Scene], numbers: range) -> SceneSe
             pixels=np.stack([one.pixels for one in made]),
             captions=np.array([one.captions for one in made]),
             facts=np.array([one.facts for one in made], np.int64),
+            layouts=np.array([one.layout for one in made]),
         )
         beside.rename(stored)
     with np.load(stored) as arrays:
-        return SceneSet(arrays["pixels"], arrays["captions"], arrays["facts"])
+        return SceneSet(arrays["pixels"], arrays["captions"], arrays["facts"], arrays["layouts"])
