@@ -16,6 +16,7 @@ from pipeline.checkpoints import open_checkpoint
 from pipeline.conditioning import FusedConditioning
 from pipeline.denoising.latents import channels_of, decode_latents, generators, noise
 from pipeline.denoising.unet_sampler import denoise
+from pipeline.fusing.ways import in_one_way
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.image_encoder import encode_image
@@ -89,7 +90,7 @@ class SmallModel:
                 self.unet if lay is None else lay(self.unet, work),
                 self._checkpoint.scheduler(),
                 start,
-                condition.fused,
+                in_one_way(condition.fused, [condition.seed]),
                 num_inference_steps=steps,
                 guidance_scale=1.0,
                 start_noise=self._checkpoint.family.start_noise,

@@ -48,6 +48,7 @@ from tests.pipeline.folders import save_stable_diffusion
 
 GB = 10**9
 BUDGET = 48 * GB
+SIDE = 128  # the small model's own size
 SESSIONS = range(9)
 RESTARTS = 5
 
@@ -182,8 +183,8 @@ def measure_leak(work: Path) -> dict[str, Any]:
         words = encode_prompt(cache, checkpoints[number % 2], f"a b number {number}")
         condition = fuse(cache, checkpoints[number % 2], words, None)
         generate(
-            cache, checkpoints[number % 2], condition, seed=number, num_inference_steps=1, guidance_scale=1.0, width=64,
-            height=64,
+            cache, checkpoints[number % 2], condition, seed=number, num_inference_steps=1, guidance_scale=1.0,
+            width=SIDE, height=SIDE,
         )  # fmt: skip
         del words, condition
         if number in (9, 59):
@@ -206,7 +207,9 @@ def measure_back_and_forth(work: Path, runs: int) -> dict[str, Any]:
         spent = Spent()
         words = encode_prompt(cache, checkpoint, "a red rose")
         condition = fuse(cache, checkpoint, words, None)
-        generate(cache, checkpoint, condition, seed=1, num_inference_steps=4, guidance_scale=1.0, width=64, height=64)
+        generate(
+            cache, checkpoint, condition, seed=1, num_inference_steps=4, guidance_scale=1.0, width=SIDE, height=SIDE
+        )
         return spent.done()
 
     for checkpoint in (first, second, first, second):

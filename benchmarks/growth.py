@@ -52,11 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(work: Path, repeats: int) -> Result:
+    from pipeline.checkpoints import open_checkpoint
     from pipeline.mini import MODEL_FOLDER
 
     told("writing a Stable Diffusion of reduced width")
     sized = _save_narrow(work / "narrow")
-    pictures = _grown(MODEL_FOLDER, [(count, 64) for count in COUNTS], repeats, [float(count) for count in COUNTS])
+    side = open_checkpoint(MODEL_FOLDER).family.native_size
+    pictures = _grown(MODEL_FOLDER, [(count, side) for count in COUNTS], repeats, [float(count) for count in COUNTS])
     sizes = _grown(sized, [(1, side) for side in SIDES], max(1, repeats // 2), [float(side * side) for side in SIDES])
     worst = max(grown[kind] for grown in (pictures, sizes) for kind in ("time_exponent", "memory_exponent"))
     return result(

@@ -25,7 +25,7 @@ from ._stock_host import Graph, Prompt, StockHost, node
 
 BUILT_IN = "duet-mini (built in)"
 AIM_OF_STOCK, AIM_OF_PICTURE = 0.25, 0.02
-STEPS, SIDE = 4, 64
+STEPS, SIDE = 4, 128  # the small model's own size
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

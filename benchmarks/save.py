@@ -178,7 +178,7 @@ def _drawing(name: str, seed: int, side: int) -> Prompt:
         "fuse": node("DuetFuse", model=("model", 0), prompt_embeds=("words", 0), method="concat", strength=0.5),
         "picture": node(
             "DuetGenerate", model=("model", 0), conditioning=("fuse", 0), seed=seed, steps=4, guidance_scale=1.0,
-            width=64, height=64, batch_size=1,
+            width=128, height=128, batch_size=1,
         ),
         "large": node(
             "ImageScale", image=("picture", 0), upscale_method="bicubic", width=side, height=side, crop="disabled"

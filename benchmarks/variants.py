@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     gpu = has_gpu()
     model = chosen.model or ("sd15" if gpu else "mini")
-    side = 64 if model == "mini" else chosen.side or ({"sd15": 512, "sdxl": 1024}[model] if gpu else 256)
+    side = 128 if model == "mini" else chosen.side or ({"sd15": 512, "sdxl": 1024}[model] if gpu else 256)
     with tempfile.TemporaryDirectory() as folder:
         told("starting the host")
         host = StockHost(Path(folder), () if gpu else ("--force-fp32",))

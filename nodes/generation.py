@@ -36,7 +36,10 @@ class DuetGenerate(io.ComfyNode):
             inputs=[
                 sockets.Model.Input("model", tooltip="The model that draws."),
                 sockets.Conditioning.Input("conditioning", tooltip="What to draw, from Fuse."),
-                inputs.seed("The same seed gives the same picture."),
+                inputs.seed(
+                    "The same seed gives the same picture. From words alone, the built-in model also takes its style "
+                    "from it."
+                ),
                 inputs.steps(),
                 inputs.guidance_scale(
                     "How hard to hold to the words. 1 is plain and fastest; above 1 the negative prompt "

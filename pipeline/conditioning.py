@@ -60,7 +60,8 @@ class ImageFeatures:
 class FusedConditioning:
     """What the generator listens to. tokens: (B, N, D); pooled: (B, P) or None; mask: (B, N) bool.
 
-    grid: (h, w) with h*w == N where the tokens lie on the latents' own grid, else None. second: as in PromptEmbeds.
+    grid: (h, w) where the tokens lie on the latents' own grid, else None; N is h*w, or that for each of several ways to
+    draw the same, one after the other (``fusing.ways``). second: as in PromptEmbeds.
     """
 
     tokens: Tensor

@@ -85,13 +85,14 @@ _MASKED = {"tokens": "prompt_embeds", "mask": "prompt_attention_mask"}
 FAMILIES: dict[str, Family] = {
     "DuetMiniPipeline": Family(
         name="Duet mini",
-        native_size=64,
+        native_size=128,
         size_multiple=8,
         downscale=8,
         default_guidance=1.0,
         components=("tokenizer", "text_encoder", "image_encoder", "fusion", "unet", "vae", "scheduler"),
         fixed_size=True,
-        image_size=64,
+        panoramas=True,
+        image_size=96,
         start_noise=0.1,
         device_dtype=torch.float32,
         own_sampler=True,

@@ -37,6 +37,7 @@ def fuse(
     "cross-attention", with the weights of ``adapter``, and strength 1 is then the picture in full beside the words.
     A batch of one meets a batch of any size; otherwise the sizes must agree. Raises ValueError where they do not, where
     a space is another model's, where neither side is given, or where a method is none for this model.
+    Words leave open in which of several ways they are drawn: below strength 1 they give as many first pictures.
     """
     known = dict.fromkeys([*METHODS, *TOKEN_METHODS])
     if method not in known:
@@ -65,6 +66,8 @@ def fuse(
         words, picture = (side.to(place) if side is not None else None for side in (words, picture))
         if words is not None and picture is not None:
             words, picture = _same_batch(words, picture)
+            words, picture = (words if strength < 1 else None), (picture if strength > 0 else None)
+        if words is not None and picture is not None:
             tokens = METHODS[method](network, words, picture, strength)
         else:
             tokens = network(words, picture)
@@ -91,12 +94,12 @@ def _concat(network: FusionNetwork, words: Tensor, picture: Tensor, strength: fl
 
 
 def _weighted(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
-    return _between(network(words, None), network(None, picture), strength)
+    return _between(*_ends(network, words, picture), strength)
 
 
 def _gated(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
     """gate = strength ** (|words| / |picture|) at each token: where the picture says more, it takes over earlier."""
-    from_words, from_picture = network(words, None), network(None, picture)
+    from_words, from_picture = _ends(network, words, picture)
     said = [side.norm(dim=-1, keepdim=True).clamp(min=1e-6) for side in (from_words, from_picture)]
     gate = strength ** (said[0] / said[1])
     return (
@@ -107,7 +110,13 @@ def _gated(network: FusionNetwork, words: Tensor, picture: Tensor, strength: flo
 
 
 def _spherical(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
-    return slerp(network(words, None), network(None, picture), strength)
+    return slerp(*_ends(network, words, picture), strength)
+
+
+def _ends(network: FusionNetwork, words: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """What words alone give, and what the picture alone gives, once beside each of their ways."""
+    from_words, from_picture = network(words, None), network(None, picture)
+    return from_words, from_picture.repeat(1, from_words.shape[1] // from_picture.shape[1], 1)
 
 
 METHODS: dict[str, Meet] = {"concat": _concat, "weighted": _weighted, "spherical": _spherical, "gated": _gated}
@@ -132,10 +141,10 @@ def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
 
 
 def _between(start: Tensor, end: Tensor | None, share: float) -> Tensor:
-    """Exact at both ends, which ``torch.lerp`` is not promised to be."""
+    """Exact at both ends, which ``torch.lerp`` is not promised to be. The end may be one for several starts."""
     if end is None or share == 0:
         return start
-    return end if share == 1 else torch.lerp(start, end, share)
+    return end if share == 1 else torch.lerp(start, end.repeat(1, start.shape[1] // end.shape[1], 1), share)
 
 
 def _same_batch(words: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:

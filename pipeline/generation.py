@@ -17,11 +17,12 @@ from .denoising.batches import kept_outside, on_device, source_for, together
 from .denoising.checks import check_channels, check_numbers, check_sigmas, check_space
 from .denoising.diffusers_generation import Source, draw
 from .denoising.frame import Frame, frame_for, resized
-from .denoising.latents import channels_of, decode_or_tile, generators, noise, preview, use_vae
+from .denoising.latents import channels_of, decode_or_tile, generators, noise, preview, seeds_of, use_vae
 from .denoising.measures import Meter
 from .denoising.nan_guard import NanGuard
 from .denoising.unet_sampler import denoise
 from .denoising.walks import steps_walked
+from .fusing.ways import in_one_way
 from .model_cache import ModelCache
 from .private_views import pictures_shown
 from .residency import OutOfDeviceMemory, is_out_of_memory, place_of
@@ -53,7 +54,8 @@ def generate(
     """``batch_size`` pictures for each entry of the conditioning's batch, or the image's, in that order.
 
     Picture i draws its noise from a generator seeded ``seed + i``, or ``seed[i]`` where there is one for each, on the
-    CPU, so each equals its own single run; words alone start from the same noise on every device. guidance_scale above
+    CPU, so each equals its own single run; words alone start from the same noise on every device. Where the condition
+    leaves open in which of K ways it is drawn, that is way seed % K. guidance_scale above
     1 steers away from the negative (arXiv 2207.12598) at twice the work; a distilled model takes it at no cost.
     image: (B, 3, H, W) in 0..1 to draw from, cut to the frame; mask: (B or 1, H, W) in 0..1, 1 where it is drawn anew,
     and elsewhere the image is kept to the pixel; strength: 0..1, the share of the steps that are taken, at least one.
@@ -75,6 +77,7 @@ def generate(
     frame = frame_for(checkpoint.family, width, height, from_picture=image is not None)
     source, told = source_for(checkpoint, frame, image, mask, strength, schedule.num_inference_steps)
     conditioning, source = together(conditioning, source, batch_size)
+    conditioning = in_one_way(conditioning, seeds_of(seed, conditioning.tokens.shape[0]))
     task = _Task(cache, checkpoint, conditioning, source, frame, seed, schedule, sigmas, image, mask, on_step)
     pictures = _or_out_of_memory(cache, lambda: _pictures(task, plan))
     if isinstance(pictures, str):

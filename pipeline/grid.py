@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, GenerationReport, ImageFeatures, Pictures, PromptEmbeds
+from .fusing.ways import in_one_way
 from .fusion import fuse
 from .generation import OnStep, Preview, generate
 from .image_encoder import encode_image
@@ -168,7 +169,8 @@ def _draw(
     settings: dict[str, Any],
 ) -> Pictures:
     _check_count(len(jobs), at_once, settings)
-    chunks = _chunks(jobs, at_once)
+    # In the way that each seed takes, since those that the words leave open make conditions of other sizes.
+    chunks = _chunks([(in_one_way(condition, [seed]), seed) for condition, seed in jobs], at_once)
     sides: dict[str, Tensor | None] = {}
     reports, notices, drawn = [], {}, 0
     for number, chunk in enumerate(chunks):

@@ -12,6 +12,7 @@ from torch import Tensor
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, ImageFeatures
 from .denoising.latents import for_decoder
+from .fusing.ways import in_one_way
 from .model_cache import ModelCache
 from .vision.gram import gram_matrix
 
@@ -65,13 +66,15 @@ def refine(
     zero, with momentum, each projected back on a ball around the start: projected gradient descent, as in
     arXiv 1706.06083.
     radius: of that ball, relative to the length of each entry's tokens; 0.5 keeps what the words say. The best point
-    of each entry is kept, so that it is never worse than the start. A batch of one meets a batch of any size.
+    of each entry is kept, so that it is never worse than the start. A batch of one meets a batch of any size. Of a
+    condition that words leave open in several ways, the first is refined and returned alone.
     on_step(step, total, loss, preview) is called after each; preview() is the first picture, RGB (3, h, w) in 0..1;
     what it raises stops the run. When ``seconds`` have passed, the run ends after the step under way, with a notice.
     Works inside inference mode too. Raises ValueError for numbers out of range or a model or features that do not fit,
     FloatingPointError where the loss is no number.
     """
     _check(checkpoint, conditioning, image, radius, num_steps, seconds)
+    conditioning = in_one_way(conditioning, [0] * conditioning.tokens.shape[0])
     started = time.perf_counter()
     with (
         torch.inference_mode(False),

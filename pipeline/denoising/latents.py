@@ -19,12 +19,17 @@ log = logging.getLogger(__name__)
 LARGEST_PREVIEW = 48  # latents a side
 
 
-def generators(seed: int | Sequence[int], count: int) -> list[torch.Generator]:
-    """One for each picture, seeded ``seed + i`` or ``seed[i]``; on the CPU, so that every device draws the same."""
+def seeds_of(seed: int | Sequence[int], count: int) -> Sequence[int]:
+    """One for each picture: ``seed + i``, or ``seed[i]``."""
     seeds = [seed + number for number in range(count)] if isinstance(seed, int) else seed
     if len(seeds) != count:
         raise ValueError(f"expected a seed for each of {count} pictures, got {len(seeds)} seeds")
-    return [torch.Generator("cpu").manual_seed(one % 2**64) for one in seeds]
+    return seeds
+
+
+def generators(seed: int | Sequence[int], count: int) -> list[torch.Generator]:
+    """One for each picture, see ``seeds_of``; on the CPU, so that every device draws the same."""
+    return [torch.Generator("cpu").manual_seed(one % 2**64) for one in seeds_of(seed, count)]
 
 
 def noise(shape: tuple[int, ...], sources: list[torch.Generator]) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.families import FAMILIES
 from tests.rig.client import Client, Prompt, PromptRefusedError, Run
 
 from .prompts import graph
@@ -75,6 +76,8 @@ def test_vae_decode_draws_generates_latent_with_the_lent_vae(client: Client):
     prompt = among_stock_nodes(
         decode=("VAEDecode", {"samples": ["draw", 2], "vae": ["lent", 1]}), compare=compare(["decode", 0], ["draw", 0])
     )
+    side = FAMILIES["DuetMiniPipeline"].native_size  # at any other, Generate resizes what it decoded
+    prompt["draw"]["inputs"] |= {"width": side, "height": side}
     assert apart(client.run(prompt)) < 1e-5
 
 

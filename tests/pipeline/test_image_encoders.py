@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import Checkpoint, CheckpointError
+from pipeline.families import FAMILIES
 from pipeline.fusion import fuse
 from pipeline.image_encoder import encode_image
 from pipeline.model_cache import ModelCache
@@ -40,6 +41,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     ),
 }
 TRANSFORMERS = ("clip", "clip-bare", "siglip", "dinov2", "dinov2-registers")
+EYE = FAMILIES["DuetMiniPipeline"].image_size  # pixels; a picture of another size is resized, and its halves mix
 WIDTHS = {"clip": (128, 24), "convnext": (32, 32), "resnet": (16, 16)}  # of tokens and pooled; of the rest 128
 
 
@@ -175,9 +177,10 @@ def test_the_small_models_layers(warm: ModelCache, shipped: Checkpoint):
 
 def halves() -> tuple[torch.Tensor, torch.Tensor]:
     """A picture of two halves, and the mask of its left one."""
-    mask = torch.zeros(1, 64, 64)
-    mask[:, :, :32] = 1
-    return torch.cat([picture(seed=1, side=64)[..., :32], picture(seed=2, side=64)[..., 32:]], dim=-1), mask
+    half = EYE // 2
+    mask = torch.zeros(1, EYE, EYE)
+    mask[:, :, :half] = 1
+    return torch.cat([picture(seed=1, side=EYE)[..., :half], picture(seed=2, side=EYE)[..., half:]], dim=-1), mask
 
 
 def test_pooling_over_a_region_is_the_weighted_mean_of_its_tokens(warm: ModelCache, shipped: Checkpoint):
@@ -191,7 +194,7 @@ def test_pooling_over_a_region_is_the_weighted_mean_of_its_tokens(warm: ModelCac
     assert region.weight is not None
     assert region.weight.unflatten(1, region.grid)[0, 0].tolist() == [*middle * [1], *middle * [0]]
     assert region.space == whole.space and fuse(warm, shipped, None, region).tokens.isfinite().all()
-    everything = encode_image(warm, shipped, pixels, torch.ones(1, 64, 64), region="pool")
+    everything = encode_image(warm, shipped, pixels, torch.ones(1, EYE, EYE), region="pool")
     assert torch.allclose(everything.pooled, whole.pooled, atol=1e-5)
 
 
@@ -244,10 +247,10 @@ def test_reference_pictures_are_averaged_or_kept(warm: ModelCache, shipped: Chec
 
 
 def test_an_average_of_regions_takes_each_place_where_it_counts(warm: ModelCache, shipped: Checkpoint):
-    left = torch.cat([torch.ones(64, 32), torch.zeros(64, 32)], dim=1)
+    left = torch.cat([torch.ones(EYE, EYE // 2), torch.zeros(EYE, EYE // 2)], dim=1)
     masks = torch.stack([left, 1 - left])
-    kept = encode_image(warm, shipped, picture(2, side=64), masks, region="pool")
-    mean = encode_image(warm, shipped, picture(2, side=64), masks, region="pool", batch="average")
+    kept = encode_image(warm, shipped, picture(2, side=EYE), masks, region="pool")
+    mean = encode_image(warm, shipped, picture(2, side=EYE), masks, region="pool", batch="average")
     first, second, both = (each.unflatten(0, mean.grid) for each in (*kept.tokens, mean.tokens[0]))
     middle = mean.grid[1] // 2
     assert torch.allclose(both[:, :middle], first[:, :middle], atol=1e-6)
