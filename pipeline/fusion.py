@@ -89,7 +89,7 @@ def fuse(
 def _concat(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
     """A path through the three points that the network was trained on: words, both, picture."""
     if strength <= 0.5:
-        return _between(network(words, None), network(words, picture) if strength > 0 else None, 2 * strength)
+        return _between(network(words, None), network(words, picture), 2 * strength)
     return _between(network(words, picture), network(None, picture), 2 * strength - 1)
 
 
@@ -102,11 +102,7 @@ def _gated(network: FusionNetwork, words: Tensor, picture: Tensor, strength: flo
     from_words, from_picture = _ends(network, words, picture)
     said = [side.norm(dim=-1, keepdim=True).clamp(min=1e-6) for side in (from_words, from_picture)]
     gate = strength ** (said[0] / said[1])
-    return (
-        from_words + gate * (from_picture - from_words)
-        if 0 < strength < 1
-        else (from_words, from_picture)[int(strength)]
-    )
+    return from_words + gate * (from_picture - from_words)
 
 
 def _spherical(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
@@ -140,10 +136,8 @@ def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
     return torch.where(straight, torch.lerp(start, end, share), way * torch.lerp(*lengths, share))
 
 
-def _between(start: Tensor, end: Tensor | None, share: float) -> Tensor:
-    """Exact at both ends, which ``torch.lerp`` is not promised to be. The end may be one for several starts."""
-    if end is None or share == 0:
-        return start
+def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Exact at the end, which ``torch.lerp`` is not promised to be. The end may be one for several starts."""
     return end if share == 1 else torch.lerp(start, end.repeat(1, start.shape[1] // end.shape[1], 1), share)
 
 
