@@ -43,7 +43,7 @@ from .words import (
 logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" where it is run
 
 # From nothing; longer plans go on getting better (fusion above all), and --steps makes shorter those that go on from a
-# model that has learned before. Those for two cores have never been run in full at 128 pixels.
+# model that has learned before. None has been run in full at 128 pixels; the model card tells what was.
 ON_CPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
     "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
