@@ -1,16 +1,14 @@
-"""A LoRA: pairs of small matrices that are added to a model's layers while it is in use (arXiv 2106.09685)."""
+"""A LoRA (arXiv 2106.09685) or one of its kin: small matrices that change a model's layers while it is in use."""
 
 import importlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -22,7 +20,8 @@ from ..files.weights import key_of, read_tensors
 from ..model_cache import ModelCache
 from ..private_views import skeleton
 from ..residency import is_out_of_memory
-from .lora_files import Factors, MadeFor, factors_of, made_for, refuse_other_methods, stand_ins
+from .lora_files import Layer, MadeFor, layers_of, made_for, refuse_other_methods, stand_ins
+from .weight_changes import DORA, WeightChange, matrix
 
 MOST_STRENGTH = 20.0
 _SETTINGS = "lora_adapter_metadata"  # under which diffusers writes ranks and alphas, as JSON, into the file's metadata
@@ -76,7 +75,7 @@ class Lora:
             raise CheckpointError(f"{self.path.name} was replaced since it was chosen: run the workflow once more")
         try:
             with torch.inference_mode(False):
-                return LoraNetwork(self._factors(read_tensors((self.path,)))[0], dtype)
+                return LoraNetwork(self._layers(read_tensors((self.path,)))[0], dtype)
         except (*_UNKNOWN_LAYOUT, SafetensorError) as error:
             if is_out_of_memory(error) or isinstance(error, CheckpointError):
                 raise
@@ -84,14 +83,13 @@ class Lora:
 
     def lay_over(self, component: str, view: nn.Module, weights: "LoraNetwork") -> None:
         targets = self.targets[component]
-        for number, (of, path, scale) in enumerate(weights.layers):
+        for (of, path), change in zip(weights.places, weights.changes, strict=True):
             if of == component and path in targets:
-                module = view.get_submodule(targets[path])
-                down, up = weights.down[number], weights.up[number]
-                module.register_forward_hook(partial(_add, down, up, scale * self.strength))
+                change.lay_over(view.get_submodule(targets[path]), self.strength)
 
-    def _factors(self, tensors: Mapping[str, Tensor]) -> tuple[list[Factors], list[str]]:
-        return factors_of(
+    def _layers(self, tensors: Mapping[str, Tensor]) -> tuple[list[Layer], list[str]]:
+        return layers_of(
+            self.path.name,
             tensors,
             self.settings,
             pipeline=getattr(importlib.import_module("diffusers"), self.pipeline),
@@ -102,22 +100,21 @@ class Lora:
 
 
 class LoraNetwork(nn.Module):
-    """The matrices of a whole file, as one model in the cache. layers: (component, path, scale) of each."""
+    """What a whole file changes, as one model in the cache. places: component and path of each change."""
 
-    def __init__(self, factors: Sequence[Factors], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers = tuple((one.component, one.path, one.scale) for one in factors)
-        self.down = nn.ParameterList(_frozen(one.down, dtype) for one in factors)
-        self.up = nn.ParameterList(_frozen(one.up, dtype) for one in factors)
+        self.places = tuple((one.component, one.path) for one in layers)
+        self.changes = nn.ModuleList(WeightChange(one.parts, one.scale, dtype) for one in layers)
 
 
 def open_lora(checkpoint: Checkpoint, path: Path, strength: float) -> Lora:
     """Check a file against a checkpoint, by its header alone.
 
     strength: -20 to 20; 0 leaves the model as it is. Layouts: those of diffusers, PEFT and Kohya, and what else
-    diffusers converts for the family. Raises CheckpointError for a file that was made for another family, naming both,
-    for one of which no layer is found in the checkpoint, and for methods that are no LoRA. Where some are found, a
-    notice tells how many.
+    diffusers converts for the family; forms: see ``weight_changes``. Raises CheckpointError for a file that was made
+    for another family, naming both, for one of which no layer is found in the checkpoint, and for other methods. Where
+    some are found, a notice tells how many.
     """
     if not -MOST_STRENGTH <= strength <= MOST_STRENGTH:
         raise ValueError(f"strength must be {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}, got {strength}")
@@ -129,7 +126,11 @@ def open_lora(checkpoint: Checkpoint, path: Path, strength: float) -> Lora:
     denoiser = "unet" if checkpoint.has("unet") else "transformer"
     part = checkpoint.components[denoiser]
     config = read_json(part.config) | dict(part.options)
-    _check_family(checkpoint, path, made_for(shapes), part, config)
+    try:
+        made = made_for(shapes)
+    except _UNKNOWN_LAYOUT as error:
+        raise _unknown_layout(path, error) from error
+    _check_family(checkpoint, path, made, part, config)
     per_block = config.get("layers_per_block", 2)
     lora = Lora(
         path,
@@ -144,10 +145,10 @@ def open_lora(checkpoint: Checkpoint, path: Path, strength: float) -> Lora:
         digests=checkpoint.digests,
     )
     try:
-        factors, left = lora._factors(stand_ins(shapes))
+        layers, left = lora._layers(stand_ins(shapes))
     except _UNKNOWN_LAYOUT as error:
         raise _unknown_layout(path, error) from error
-    targets, missing = _targets(checkpoint, path, factors)
+    targets, missing = _targets(checkpoint, path, layers)
     missing += left
     found = sum(len(layers) for layers in targets.values())
     if not found:
@@ -162,13 +163,13 @@ def open_lora(checkpoint: Checkpoint, path: Path, strength: float) -> Lora:
 
 
 def _targets(
-    checkpoint: Checkpoint, path: Path, factors: Sequence[Factors]
+    checkpoint: Checkpoint, path: Path, layers: Sequence[Layer]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """By component, the layers of the file with the module of each; and those that the model does not have."""
     found: dict[str, dict[str, str]] = {}
     missing: list[str] = []
     skeletons: dict[str, dict[str, nn.Module]] = {}
-    for one in factors:
+    for one in layers:
         if one.component not in skeletons:
             skeletons[one.component] = dict(skeleton(checkpoint.components[one.component]).named_modules())
         modules = skeletons[one.component]
@@ -178,17 +179,30 @@ def _targets(
         if name is None:
             missing.append(f"{one.component}.{one.path}")
             continue
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        rank = one.down.shape[0]
-        if one.down[0].numel() != weight[0].numel() or one.up.shape[:2] != (weight.shape[0], rank):
-            raise CheckpointError(
-                f"{path.name} was made for another model: expected {one.path} from {weight.shape[1]} to "
-                f"{weight.shape[0]} channels, as in {checkpoint.folder.name}, a {checkpoint.family.name} model; found "
-                f"{one.down.shape[1]} to {one.up.shape[0]}"
-            )
+        _check_size(checkpoint, path, one, modules[name])
         found.setdefault(one.component, {})[one.path] = name
     return found, missing
+
+
+def _check_size(checkpoint: Checkpoint, path: Path, layer: Layer, module: nn.Module) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    try:
+        rows, columns = matrix({name: part.to("meta") for name, part in layer.parts.items()}).shape
+        said = f"{columns} to {rows}"
+    except (KeyError, RuntimeError, ValueError) as error:
+        rows, columns, said = 0, 0, f"parts that do not belong together ({_quoted(error)})"
+    if (rows, columns) != (weight.shape[0], weight[0].numel()):
+        raise CheckpointError(
+            f"{path.name} was made for another model: expected {layer.path} from {weight[0].numel()} to "
+            f"{weight.shape[0]} values, as in {checkpoint.folder.name}, a {checkpoint.family.name} model; found {said}"
+        )
+    lengths = layer.parts.get(DORA)
+    if lengths is not None and lengths.numel() not in weight.shape[:2]:
+        raise CheckpointError(
+            f"{path.name}: expected a length for each of {weight.shape[0]} rows or {weight.shape[1]} columns of "
+            f"{layer.path}, found {lengths.numel()}"
+        )
 
 
 def _check_family(
@@ -219,28 +233,9 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _unknown_layout(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"{path.name}: expected a LoRA as diffusers, PEFT or Kohya lay it out, got: "
-        f"{type(error).__name__} {str(error).strip()[:_QUOTED]}"
+        f"{path.name}: expected a LoRA as diffusers, PEFT or Kohya lay it out, got: {_quoted(error)}"
     )
 
 
-def _frozen(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(tensor.to(dtype).clone(), requires_grad=False)
-
-
-def _add(down: Tensor, up: Tensor, scale: float, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A hook after a Linear or a Conv2d: output + scale * up(down(input))."""
-    seen = inputs[0].to(down.dtype)
-    rank = down.shape[0]
-    if isinstance(module, nn.Conv2d):
-        narrow = F.conv2d(
-            seen,
-            down.reshape(rank, *module.weight.shape[1:]),
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-        )
-        added = F.conv2d(narrow, up.reshape(-1, rank, 1, 1))
-    else:
-        added = F.linear(F.linear(seen, down.flatten(1)), up.flatten(1))
-    return output + scale * added.to(output.dtype)
+def _quoted(error: BaseException) -> str:
+    return f"{type(error).__name__} {str(error).strip()[:_QUOTED]}"

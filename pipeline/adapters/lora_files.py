@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files.safetensors_files import CheckpointError
+from .weight_changes import DORA, LOHA, LOKR, Parts, matrix, rank_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,16 +24,13 @@ _IN_ONE_ROW = frozenset(
     {"HunyuanDiT2DModel", "PixArtTransformer2DModel", "SanaTransformer2DModel", "Transformer2DModel"}
 )
 UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-# What is stored beside or in place of the two factors of a LoRA (arXiv 2106.09685) by methods that are not one.
-_OTHER_METHODS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_w1": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "lora_mid": "LoCon with a core tensor",
-    "lora_controlnet": "Control-LoRA",
-}
+# What is stored by methods that change a weight in other ways than ``weight_changes`` knows.
+_OTHER_METHODS = {"oft_": "OFT", "lora_controlnet": "Control-LoRA"}
+# What lies beside the two factors of a LoRA, or in their place.
+_OTHER_PARTS = re.compile(
+    r"(?P<stem>.+?)\.(?P<part>hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|lora_mid|dora_scale|lora_magnitude_vector)"
+    r"(\.default)?(\.weight)?"
+)
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight")
 _UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", "_lora.up.weight")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -48,16 +46,15 @@ class MadeFor:
 
 
 @dataclass(frozen=True)
-class Factors:
-    """One layer: what it adds to a module's output is ``scale`` * up(down(input)). down: (r, in, ...), up: (out, r).
+class Layer:
+    """What a file adds to one layer: ``scale`` times what ``weight_changes`` makes of its parts.
 
     component, path: where the module is, as diffusers and transformers name it.
     """
 
     component: str
     path: str
-    down: Tensor
-    up: Tensor
+    parts: Parts
     scale: float
 
 
@@ -65,11 +62,12 @@ def refuse_other_methods(name: str, keys: Iterable[str]) -> None:
     for key in keys:
         for mark, method in _OTHER_METHODS.items():
             if mark in key:
-                raise CheckpointError(f"{name}: expected a LoRA of two factors for each layer, found {method} ({key})")
+                raise CheckpointError(f"{name}: expected a LoRA, LoHa, LoKr or DoRA, found {method} ({key})")
 
 
 def made_for(shapes: Shapes) -> MadeFor | None:
     """Told by names, and by widths where the names are those of several families; None where neither tells."""
+    shapes = {name: tuple(part.shape) for name, part in gathered(stand_ins(shapes))[0].items()}
     names = [key.replace(".", "_") for key in shapes]
 
     def has(*parts: str) -> bool:
@@ -119,7 +117,43 @@ def stand_ins(shapes: Shapes) -> dict[str, Tensor]:
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
 
 
-def factors_of(
+def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, "_Others"]]:
+    """A file as if it were all LoRA, by whose names converters know layers; and what lies elsewhere, by stem.
+
+    A layer of another method is stood for by two factors of rank 1, of no memory.
+    """
+    kept, others = {}, {}
+    for name, tensor in tensors.items():
+        match = _OTHER_PARTS.fullmatch(name)
+        if match is None:
+            kept[name] = tensor
+        else:
+            part = DORA if match["part"] == "lora_magnitude_vector" else match["part"]
+            others.setdefault(match["stem"], _Others({})).parts[part] = tensor
+    for stem, found in others.items():
+        if any(name.startswith((LOHA, LOKR)) for name in found.parts):
+            found.is_whole = True
+            alpha, rank = kept.pop(f"{stem}.alpha", None), rank_of(found.parts)
+            # A stand-in is zero, and of it only the shape is asked.
+            found.scale = 1.0 if alpha is None or rank is None else alpha.float().reshape(-1)[0].item() / rank
+            rows, columns = matrix({name: part.to("meta") for name, part in found.parts.items()}).shape
+            nothing = torch.zeros(())
+            kept[f"{stem}.lora_down.weight"] = nothing.expand(1, columns)
+            kept[f"{stem}.lora_up.weight"] = nothing.expand(rows, 1)
+    return kept, others
+
+
+@dataclass
+class _Others:
+    """parts: those that are no factors of a LoRA; is_whole: there are no others in this layer."""
+
+    parts: dict[str, Tensor]
+    is_whole: bool = False
+    scale: float = 1.0
+
+
+def layers_of(
+    name: str,
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],
     *,
@@ -127,15 +161,19 @@ def factors_of(
     layers_per_block: int,
     denoiser: str,
     components: Iterable[str],
-) -> tuple[list[Factors], list[str]]:
-    """The layers of a file, and the names that belong to none.
+) -> tuple[list[Layer], list[str]]:
+    """The layers of the file ``name``, and the names in it that belong to none.
 
     settings: what diffusers writes of a LoRA into a file's metadata. pipeline: the family's class in diffusers, which
     knows the layouts that its users have, such as Kohya's; layers_per_block: of its denoiser, by which Kohya's blocks
-    are counted. Raises ValueError, KeyError and the like for a layout that it does not know.
+    are counted. Raises ValueError, KeyError and the like for a layout that it does not know; CheckpointError for
+    another method on a layer that is in several pieces here, since only a LoRA can be taken apart.
     """
     convert = getattr(pipeline, "lora_state_dict", None)
-    named: Mapping[str, Tensor] = _with_alphas_in(tensors)
+    as_lora, others = gathered(tensors)
+    named = prepared = _with_alphas_in(as_lora)
+    # Converters rename a factor and hand it on, or take it apart.
+    beside = {id(prepared[stem + up]): stem for stem in others for up in _UP if stem + up in prepared}
     if convert is not None:
         found = convert(dict(named), unet_config=SimpleNamespace(layers_per_block=layers_per_block))
         named = found[0] if isinstance(found, tuple) else found
@@ -149,14 +187,25 @@ def factors_of(
                     left.append(key)
                 continue
             sides.setdefault((component, match[1]), {})[match[2]] = tensor
-    factors = []
+    layers = []
     for (component, path), pair in sides.items():
         if pair.keys() != {"A", "B"} or pair["A"].ndim < 2 or pair["B"].ndim < 2:
             left.append(path)
             continue
+        other = others.pop(beside.get(id(pair["B"]), ""), _Others({}))
+        if other.is_whole:
+            layers.append(Layer(component, path, other.parts, other.scale))
+            continue
         scale = _scale(settings, component, path, pair["A"].shape[0])
-        factors.append(Factors(component, path, pair["A"], pair["B"], scale))
-    return factors, left
+        parts = {"lora_down": pair["A"], "lora_up": pair["B"], **other.parts}
+        layers.append(Layer(component, path, parts, scale))
+    if others:
+        stem, other = next(iter(others.items()))
+        raise CheckpointError(
+            f"{name}: expected each layer that is no plain LoRA to be one of the model, found "
+            f"{next(iter(other.parts))} of {stem}, which is in several pieces there or has no factors"
+        )
+    return layers, left
 
 
 def _with_alphas_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
