@@ -35,6 +35,8 @@ PLANS: dict[str, SpeedPlan] = {
     "int8": replace(EXACT, name="custom", quantisation="int8"),
     "int8 dynamic": replace(EXACT, name="custom", quantisation="int8 dynamic"),
     "channels_last": replace(EXACT, name="custom", memory_format="channels_last"),
+    "bfloat16": replace(EXACT, name="custom", dtype="bfloat16"),
+    "bfloat16, channels_last": replace(EXACT, name="custom", dtype="bfloat16", memory_format="channels_last"),
     "compile": replace(EXACT, name="custom", compile="regions"),
 }
 

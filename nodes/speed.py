@@ -110,12 +110,14 @@ class DuetSpeedPlan(io.ComfyNode):
                 ),
                 _choice(
                     "dtype", DTYPES,
-                    "Precision of the model. automatic: what the family is meant for, float32 on a CPU. Where half "
-                    "precision overflows, the stage is done again in float32.",
+                    "Precision of the model. automatic: what the family is meant for, float32 on a CPU. fastest: also "
+                    "bfloat16 on a CPU that has tiles for it. Where half precision overflows, the stage is done again "
+                    "in float32.",
                 ),
                 _choice(
                     "memory_format", MEMORY_FORMATS,
-                    "channels_last may speed up convolutions on a GPU; the picture stays the same but for rounding.",
+                    "channels_last may speed up convolutions in half precision; the picture stays the same but for "
+                    "rounding.",
                 ),
                 io.Boolean.Input(
                     "measure_loss", default=False,

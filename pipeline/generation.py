@@ -7,8 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .acceleration.applied import Applied, Decoders, decoder_precision, open_decoders, use_denoiser
+from .acceleration.applied import Applied, Decoders, open_decoders, use_denoiser
 from .acceleration.measuring import psnr, ssim
+from .acceleration.precision import decoder_precision
 from .acceleration.schedules import Schedule, schedule_for
 from .acceleration.work import Work
 from .checkpoints import Checkpoint, fresh_scheduler
@@ -161,7 +162,7 @@ def _denoised(task: _Task, plan: SpeedPlan, decoders: Decoders, applied: Applied
     if task.sigmas is None and (plan.unet_cache > 1 or plan.step_cache > 0):
         steps = steps_walked(scheduler, steps, family, source)
     with (
-        use_vae(cache, checkpoint, decoder_precision(checkpoint, plan)) as vae,
+        use_vae(cache, checkpoint, decoder_precision(checkpoint, plan, cache.residency.device)) as vae,
         decoders.use_for_looks(cache, vae) as looks,
         use_denoiser(cache, checkpoint, name, plan, steps, applied) as denoiser,
         torch.inference_mode(),

@@ -6,7 +6,7 @@ from pathlib import Path
 SCHEDULERS = ("checkpoint", "automatic", "euler", "euler trailing", "dpm++ 2m", "ddim", "lcm", "tcd", "flow match")
 COMPILE = ("off", "regions", "cuda graphs")
 QUANTISATION = ("off", "int8", "int8 dynamic", "float8")
-DTYPES = ("automatic", "float32", "float16", "bfloat16")
+DTYPES = ("automatic", "fastest", "float32", "float16", "bfloat16")
 MEMORY_FORMATS = ("contiguous", "channels_last")
 
 MOST_STEPS, LARGEST_GUIDANCE, LARGEST_SHIFT, LONGEST_INTERVAL = 1000, 100.0, 100.0, 100
@@ -117,7 +117,9 @@ class SpeedPlan:
 
 EXACT = SpeedPlan()
 # The few steps of a distilled model, along the schedule it was distilled for. So few leave a cache nothing to save.
-LIGHTNING = SpeedPlan(name="lightning", num_inference_steps=4, scheduler="automatic")
+LIGHTNING = SpeedPlan(name="lightning", num_inference_steps=4, scheduler="automatic", dtype="fastest")
 # What costs little that can be seen: as many steps as Generate says, of which caches skip what hardly changes.
-BALANCED = SpeedPlan(name="balanced", scheduler="automatic", step_cache=0.1, unet_cache=3, where_it_fits=SHORTCUTS)
+BALANCED = SpeedPlan(
+    name="balanced", scheduler="automatic", step_cache=0.1, unet_cache=3, dtype="fastest", where_it_fits=SHORTCUTS
+)
 PRESETS = {plan.name: plan for plan in (LIGHTNING, BALANCED, EXACT)}

@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..checkpoints import Checkpoint
 from ..denoising.latents import use_vae
 from ..model_cache import ModelCache
@@ -18,6 +16,7 @@ from .compiling import compile_view
 from .cpu_convolutions import fitted_to_cpu
 from .decoders import TinyDecoder, open_tiny_decoder
 from .memory_formats import use_channels_last
+from .precision import decoder_precision, precision
 from .quantising import use_quantised
 from .step_cache import with_step_cache
 from .unet_cache import with_unet_cache
@@ -51,7 +50,7 @@ def use_denoiser(
     for what the model or the machine cannot do, where the plan does not leave that out.
     """
     lay = functools.partial(_laid, plan, applied)
-    dtype = precision(plan)
+    dtype = precision(plan, cache.residency.device)
     with ExitStack() as stack:
         lent = None
         if plan.quantisation != "off":
@@ -94,8 +93,8 @@ class Decoders:
 
     def _lent(self, cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan) -> AbstractContextManager[Any]:
         if self.result is not None:
-            return self.result.use(cache, precision(plan))
-        dtype = decoder_precision(checkpoint, plan)
+            return self.result.use(cache, precision(plan, cache.residency.device))
+        dtype = decoder_precision(checkpoint, plan, cache.residency.device)
         if plan.memory_format != "contiguous":
             if cache.residency.device.type != "cpu":
                 dtype = dtype or checkpoint.family.vae_dtype
@@ -114,18 +113,6 @@ def open_decoders(checkpoint: Checkpoint, plan: SpeedPlan) -> Decoders:
         if decoder is not None:
             decoder.check_fits(checkpoint)
     return Decoders(result, looks or result)
-
-
-def precision(plan: SpeedPlan) -> torch.dtype | None:
-    """None where it is the model's own to choose."""
-    return None if plan.dtype == "automatic" else getattr(torch, plan.dtype)
-
-
-def decoder_precision(checkpoint: Checkpoint, plan: SpeedPlan) -> torch.dtype | None:
-    """The plan's, except where the family's decoder is known to overflow in half precision."""
-    chosen = precision(plan)
-    known = checkpoint.family.vae_dtype
-    return known if known is not None and chosen in (torch.float16, torch.bfloat16) else chosen
 
 
 def _with_cache(lent: Any, plan: SpeedPlan, steps: int, applied: Applied) -> Any | None:
