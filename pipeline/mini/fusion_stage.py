@@ -100,6 +100,10 @@ class Examples:
         self._concept, self._style = emoji.concept, emoji.style
         self._of_style = _Pools(self._style[trained], trained, len(STYLES))
         self._drawings = _by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
+        # Words in a way whose drawing is held out stand for nothing: another style's would teach the wrong answer.
+        held = emoji.held_out().pairs
+        taught = [(c, w) for c in range(len(emoji.concepts)) for w in range(len(WAYS)) if (c, WAYS[w]) not in held]
+        self._ways = _Pools(*np.array(taught).T, len(emoji.concepts))
         named, rows = tables.caption_is_name, np.arange(len(tables.caption_concept))
         self._names, self._keywords = (
             _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
@@ -116,7 +120,7 @@ class Examples:
     def _emoji(self, pick: np.random.Generator, size: int) -> Batch:
         rows = pick.choice(self._rows[0], size)
         has_text, has_image = _given(pick, size, BOTH_SHARE, WORDS_SHARE)
-        way = pick.integers(0, len(WAYS), size)
+        way = self._ways.draw(pick, self._concept[rows])
         rows = np.where(has_image, rows, self._drawings[way, self._concept[rows]])
         concepts = self._concept[rows]
         by_name = (pick.random(size) < NAME_SHARE) | ~self._keywords.has(concepts)
@@ -194,8 +198,11 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     return Batch(all_of("text"), all_of("image"), all_of("has_text"), all_of("has_image"), rows, all_of("way"))
 
 
-def fused(network: FusionNetwork, batch: Batch, noise: float, generator: torch.Generator) -> Tensor:
-    """Tokens (B, G*G, 16) for a mixed batch, with the normalised inputs blurred by ``noise`` so neighbours agree."""
+def fused(network: FusionNetwork, batch: Batch, noise: float | Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens (B, G*G, 16) for a mixed batch, with the normalised inputs blurred by ``noise`` so neighbours agree.
+
+    noise: one for all, or (B, 1).
+    """
     text = torch.where(batch.has_text, network.text_norm(batch.text), network.null_text)
     image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image[batch.way])
     joined = torch.cat([text, image], dim=-1)
