@@ -1,6 +1,15 @@
 """Inputs that several nodes have: one range and one default for each, wherever it stands."""
 
+from typing import TypedDict
+
 from .host import io
+
+
+class Chosen(TypedDict):
+    """As ``generate`` takes them: None where the model chooses."""
+
+    num_inference_steps: int | None
+    guidance_scale: float | None
 
 
 def seed(tooltip: str):
@@ -12,15 +21,25 @@ def seed(tooltip: str):
 def steps():
     return io.Int.Input(
         "steps",
-        default=4,
-        min=1,
+        default=0,
+        min=0,
         max=100,
-        tooltip="1 to 4 for the built-in model and for turbo models; 20 to 30 for others.",
+        tooltip="0: as many as the model is meant for, 1 for the built-in one. 1 to 4 for turbo models; 20 to 30 for "
+        "others.",
     )
 
 
 def guidance_scale(tooltip: str):
-    return io.Float.Input("guidance_scale", default=1.0, min=0.0, max=30.0, step=0.1, tooltip=tooltip)
+    tooltip = f"{tooltip} -1: as the model is meant."
+    return io.Float.Input("guidance_scale", default=-1.0, min=-1.0, max=30.0, step=0.1, tooltip=tooltip)
+
+
+def chosen(steps: int, guidance_scale: float) -> Chosen:
+    """What the two inputs above say."""
+    return {
+        "num_inference_steps": None if steps == 0 else steps,
+        "guidance_scale": None if guidance_scale == -1 else guidance_scale,
+    }
 
 
 def size(of: str) -> list:

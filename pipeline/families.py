@@ -17,7 +17,8 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Family:
-    """native_size, size_multiple, image_size: pixels; downscale: pixels a side of one latent.
+    """native_size, size_multiple, image_size: pixels; downscale: pixels a side of one latent; default_steps,
+    default_guidance: where nobody says any, of a model that was not distilled further.
 
     components: what a folder must hold; fixed_size: makes native_size only, whatever is asked for; panoramas: or twice
     as wide, where that is asked for; pads_to_window: CLIP, trained on prompts padded to the tokenizer's window, so that
@@ -46,6 +47,7 @@ class Family:
     native_size: int
     size_multiple: int
     downscale: int
+    default_steps: int
     default_guidance: float
     components: tuple[str, ...]
     fixed_size: bool = False
@@ -88,6 +90,7 @@ FAMILIES: dict[str, Family] = {
         native_size=128,
         size_multiple=8,
         downscale=8,
+        default_steps=1,
         default_guidance=1.0,
         components=("tokenizer", "text_encoder", "image_encoder", "fusion", "unet", "vae", "scheduler"),
         fixed_size=True,
@@ -102,6 +105,7 @@ FAMILIES: dict[str, Family] = {
         native_size=512,
         size_multiple=8,
         downscale=8,
+        default_steps=25,
         default_guidance=7.5,
         components=_STABLE_DIFFUSION,
         pads_to_window=True,
@@ -113,6 +117,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=8,
         downscale=8,
+        default_steps=25,
         default_guidance=5.0,
         components=(*_STABLE_DIFFUSION, "tokenizer_2", "text_encoder_2"),
         pads_to_window=True,
@@ -129,6 +134,7 @@ FAMILIES: dict[str, Family] = {
         native_size=512,
         size_multiple=8,
         downscale=8,
+        default_steps=4,
         default_guidance=8.5,
         components=_STABLE_DIFFUSION,
         pads_to_window=True,
@@ -141,6 +147,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=28,
         default_guidance=7.0,
         components=_TWO_ENCODERS,
         tasks=Tasks("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
@@ -155,6 +162,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=20,
         default_guidance=3.5,
         components=_TWO_ENCODERS,
         device_dtype=torch.bfloat16,
@@ -172,6 +180,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=28,
         default_guidance=4.0,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
@@ -189,6 +198,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=30,
         default_guidance=4.0,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
@@ -205,6 +215,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=30,
         default_guidance=5.0,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
@@ -221,6 +232,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=32,
         downscale=32,
+        default_steps=20,
         default_guidance=4.5,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
@@ -235,6 +247,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=32,
         downscale=32,
+        default_steps=2,
         default_guidance=4.5,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,
@@ -251,6 +264,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=20,
         default_guidance=4.5,
         components=_ONE_ENCODER,
         tasks=Tasks("PixArtAlphaPipeline"),
@@ -264,6 +278,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=20,
         default_guidance=4.5,
         components=_ONE_ENCODER,
         tasks=Tasks("PixArtSigmaPipeline"),
@@ -277,6 +292,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=8,
         downscale=8,
+        default_steps=25,
         default_guidance=5.0,
         components=_STABLE_DIFFUSION,
         vae_dtype=torch.float32,
@@ -294,6 +310,7 @@ FAMILIES: dict[str, Family] = {
         native_size=1024,
         size_multiple=16,
         downscale=8,
+        default_steps=25,
         default_guidance=5.0,
         components=_TWO_ENCODERS,
         tasks=Tasks("HunyuanDiTPipeline"),

@@ -40,8 +40,8 @@ def generate(
     conditioning: FusedConditioning,
     *,
     seed: int | Sequence[int],
-    num_inference_steps: int = 4,
-    guidance_scale: float = 1.0,
+    num_inference_steps: int | None = 4,
+    guidance_scale: float | None = 1.0,
     width: int = 512,
     height: int = 512,
     batch_size: int = 1,
@@ -57,7 +57,8 @@ def generate(
     Picture i draws its noise from a generator seeded ``seed + i``, or ``seed[i]`` where there is one for each, on the
     CPU, so each equals its own single run; words alone start from the same noise on every device. Where the condition
     leaves open in which of K ways it is drawn, that is way seed % K. guidance_scale above
-    1 steers away from the negative (arXiv 2207.12598) at twice the work; a distilled model takes it at no cost.
+    1 steers away from the negative (arXiv 2207.12598) at twice the work; a distilled model takes it at no cost. None:
+    as many steps, or as much guidance, as the model is meant for.
     image: (B, 3, H, W) in 0..1 to draw from, cut to the frame; mask: (B or 1, H, W) in 0..1, 1 where it is drawn anew,
     and elsewhere the image is kept to the pixel; strength: 0..1, the share of the steps that are taken, at least one.
     sigmas: a host's schedule, from high to low, to walk along by Euler's method in place of the model's own steps.
@@ -69,9 +70,9 @@ def generate(
     have, or a shortcut that it cannot take; FloatingPointError where float32 gives no numbers either;
     OutOfDeviceMemory where they do not fit, with nothing left behind.
     """
-    check_numbers(num_inference_steps, guidance_scale, width, height, batch_size, strength)
     check_space(checkpoint, conditioning)
     schedule = schedule_for(checkpoint, plan, num_inference_steps, guidance_scale)
+    check_numbers(schedule.num_inference_steps, schedule.guidance_scale, width, height, batch_size, strength)
     if sigmas is not None:
         check_sigmas(checkpoint, sigmas, image, plan)
         schedule = replace(schedule, num_inference_steps=len(sigmas) - 1)

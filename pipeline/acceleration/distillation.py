@@ -100,6 +100,11 @@ def _by_network(checkpoint: Checkpoint) -> Distilled | None:
         # Our own sampler for Stable Diffusion gives the network no guidance, as diffusers' pipelines do.
         heard = not checkpoint.family.own_sampler
         return Distilled("lcm", "its UNet takes guidance as an input (time_cond_proj_dim)", hears_guidance=heard)
+    part = checkpoint.components["transformer"]
+    if part.class_name == "FluxTransformer2DModel" and not (read_json(part.config) | dict(part.options)).get(
+        "guidance_embeds"
+    ):
+        return Distilled("checkpoint", "its transformer takes no guidance, as that of FLUX.1 schnell (guidance_embeds)")
     if read_json(checkpoint.index).get("is_distilled") is True:
         return Distilled("checkpoint", "its model_index.json says is_distilled")
     return None

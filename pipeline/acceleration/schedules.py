@@ -23,6 +23,7 @@ _EPSILON: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tcd": ("TCDScheduler", _UNCLIPPED),  # arXiv 2402.19159
 }
 _CONSISTENCY = ("lcm", "tcd")
+_FEW_STEPS = 4  # of a distilled model that does not say how many
 # Schedulers whose networks are fed in another way than by any of the above.
 _APART = ("SCMScheduler",)
 
@@ -37,8 +38,11 @@ class Schedule:
     notices: tuple[str, ...] = ()
 
 
-def schedule_for(checkpoint: Checkpoint, plan: SpeedPlan, num_inference_steps: int, guidance_scale: float) -> Schedule:
-    """What the plan says of steps, guidance and scheduler, and where it says nothing, what the caller does.
+def schedule_for(
+    checkpoint: Checkpoint, plan: SpeedPlan, num_inference_steps: int | None, guidance_scale: float | None
+) -> Schedule:
+    """What the plan says of steps, guidance and scheduler, and where it says nothing, what the caller does; where
+    neither does, what the model is meant for: its family's, or few steps without guidance if it was distilled so.
 
     "checkpoint" is the scheduler of the folder as it is. "automatic" is the one that the model was distilled for, told
     by what it is, and the folder's own where nothing says that it was; any other is built from the configuration of
@@ -47,6 +51,9 @@ def schedule_for(checkpoint: Checkpoint, plan: SpeedPlan, num_inference_steps: i
     """
     steps = plan.num_inference_steps or num_inference_steps
     guidance = guidance_scale if plan.guidance_scale is None else plan.guidance_scale
+    if steps is None or guidance is None:
+        usual = _usual(checkpoint)
+        steps, guidance = usual[0] if steps is None else steps, usual[1] if guidance is None else guidance
     if plan.scheduler == "checkpoint":
         return Schedule(_own(checkpoint, plan.shift), steps, guidance)
     how = distilled(checkpoint)
@@ -59,6 +66,13 @@ def schedule_for(checkpoint: Checkpoint, plan: SpeedPlan, num_inference_steps: i
         )
     guidance, told = _guidance(checkpoint, plan, guidance, how)
     return Schedule(scheduler, steps, guidance, (*_told(checkpoint, plan, scheduler, steps, how), *told))
+
+
+def _usual(checkpoint: Checkpoint) -> tuple[int, float]:
+    family, how = checkpoint.family, distilled(checkpoint)
+    if how is None:
+        return family.default_steps, family.default_guidance
+    return how.steps or _FEW_STEPS, family.default_guidance if how.hears_guidance else 1.0
 
 
 def _automatic(checkpoint: Checkpoint, shift: float | None, how: Distilled | None) -> Any:

@@ -144,7 +144,7 @@ def test_an_impossible_size_is_refused(refused, fails, name: str, side: int):
 
 def test_an_impossible_number_of_steps_is_refused(fails):
     linked = graph(draw__steps=["number", 0])
-    linked["number"] = {"class_type": "PrimitiveInt", "inputs": {"value": 0}}
+    linked["number"] = {"class_type": "PrimitiveInt", "inputs": {"value": -1}}
     assert fails(linked, "DuetGenerate").startswith("Generate: steps must be 1 to")
 
 

@@ -22,7 +22,7 @@ from pipeline.denoising.latents import channels_of, generators, noise, use_vae
 from pipeline.denoising.unet_sampler import denoise
 from pipeline.fusion import fuse
 from pipeline.model_cache import ModelCache
-from pipeline.speed_plan import SCHEDULERS, SpeedPlan
+from pipeline.speed_plan import EXACT, SCHEDULERS, SpeedPlan
 from pipeline.text_encoder import encode_prompt
 from tests.pipeline.adapter_files import random_factors, save_peft
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family, unet
@@ -480,3 +480,18 @@ def test_guidance_by_hand_stays_and_is_warned_of(family: Callable[[str], Checkpo
 def test_a_consistency_walk_of_what_was_not_distilled_is_warned_of(family: Callable[[str], Checkpoint], tmp_path: Path):
     assert "nothing says so of sd15" in schedule(family("sd15"), "lcm").notices[0]
     assert schedule(with_lora(family("sd15"), tmp_path / "lcm-lora.safetensors"), "lcm").notices == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance"),
+    [("sd15", 25, 7.5), ("sd_turbo", 4, 1.0), ("lcm", 4, 8.5), ("flux_dev", 20, 3.5), ("flux_schnell", 4, 1.0)],
+)
+def test_what_nobody_says_is_what_the_model_is_meant_for(
+    family: Callable[[str], Checkpoint], name: str, steps: int, guidance: float
+):
+    for plan in (EXACT, SpeedPlan(scheduler="automatic")):
+        found = schedule_for(family(name), plan, None, None)
+        assert (found.num_inference_steps, found.guidance_scale) == (steps, guidance)
+    said = schedule_for(family(name), EXACT, 7, 2.0)
+    assert (said.num_inference_steps, said.guidance_scale) == (7, 2.0)
+    assert schedule_for(family(name), SpeedPlan(num_inference_steps=3), None, 2.0).num_inference_steps == 3
