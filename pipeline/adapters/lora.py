@@ -85,6 +85,7 @@ class Lora:
         targets = self.targets[component]
         for (of, path), change in zip(weights.places, weights.changes, strict=True):
             if of == component and path in targets:
+                assert isinstance(change, WeightChange)
                 change.lay_over(view.get_submodule(targets[path]), self.strength)
 
     def _layers(self, tensors: Mapping[str, Tensor]) -> tuple[list[Layer], list[str]]:

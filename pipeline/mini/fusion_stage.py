@@ -103,7 +103,8 @@ class Examples:
         # Words in a way whose drawing is held out stand for nothing: another style's would teach the wrong answer.
         held = emoji.held_out().pairs
         taught = [(c, w) for c in range(len(emoji.concepts)) for w in range(len(WAYS)) if (c, WAYS[w]) not in held]
-        self._ways = _Pools(*np.array(taught).T, len(emoji.concepts))
+        of_concept, ways = np.array(taught).T
+        self._ways = _Pools(of_concept, ways, len(emoji.concepts))
         named, rows = tables.caption_is_name, np.arange(len(tables.caption_concept))
         self._names, self._keywords = (
             _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
