@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
 from pipeline.mini.autoencoder import encode_pictures, new_autoencoder, train_autoencoder
-from pipeline.mini.catalogue import STYLES, Concept
+from pipeline.mini.catalogue import STYLES, Concept, HoldOut
+from pipeline.mini.curves import draw_curves, read_curves
 from pipeline.mini.finish_stage import train_finish
 from pipeline.mini.fusion_stage import (
+    WAYS,
     Examples,
     Tables,
     new_fusion,
@@ -74,6 +76,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
 # --- the stages, on a handful of pictures ---
 
 SIZE, CONCEPTS = 32, 6
+HELD = 2, WAYS[1]  # the pair of concept and style that is held out
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +99,14 @@ def pictures() -> TrainingSet:
         )
         for some in ([sky_of(number, SIZE) for number in range(8)], [phantom_of(number, SIZE) for number in range(8)])
     ]
-    return TrainingSet(_AllForTraining(drawn, concept, style, concepts), *scenes)
+    return TrainingSet(_Few(drawn, concept, style, concepts), *scenes)
 
 
-class _AllForTraining(PictureSet):
-    def training_rows(self) -> np.ndarray:
-        return np.arange(len(self.pixels))
+class _Few(PictureSet):
+    """Too few to hold out hundreds: one pair, of a style that words alone may be drawn in."""
+
+    def held_out(self) -> HoldOut:
+        return HoldOut(frozenset(), frozenset({HELD}))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +159,30 @@ def test_a_batch_holds_each_domain_with_its_own_words(pictures: TrainingSet, tab
         assert (shown == drawn.image[place].cpu()).all(dim=1).any(), "and shown by another one in its style, or itself"
     again = Examples(pictures, tables).draw(3, 100)
     assert torch.equal(drawn.text, again.text) and np.array_equal(drawn.rows, again.rows)
+
+
+def test_what_is_held_out_is_neither_drawn_nor_stood_for_by_another_style(pictures: TrainingSet, tables: Tables):
+    concept, style = HELD
+    drawn = Examples(pictures, tables).draw(5, 4000, (1, 0, 0))
+    of_it = pictures.emoji.concept[drawn.rows] == concept
+    assert of_it.sum() > 400 and (pictures.emoji.style[drawn.rows[of_it]] != style).all()
+    ways = drawn.way.cpu().numpy()[of_it & ~drawn.has_image.cpu().numpy()[:, 0]]
+    assert set(ways.tolist()) == set(range(len(WAYS))) - {WAYS.index(style)}
+
+
+def test_curves_of_several_runs_are_drawn_one_after_the_other(tmp_path: Path):
+    for run, steps in (("one", (10, 20)), ("two", (5,))):
+        (tmp_path / run).mkdir()
+        rows = "".join(f"{step},{1 / step},{2 / step}\n" for step in steps)
+        (tmp_path / run / "fusion-curve.csv").write_text(f"step,emoji,scenes\n{rows}")
+    found = read_curves([tmp_path / "one", tmp_path / "two"])
+    assert list(found) == ["fusion"] and [run["step"].tolist() for run in found["fusion"]] == [[10, 20], [5]]
+    pytest.importorskip("matplotlib")
+    panel = draw_curves(found).axes[0]
+    drawn = [line.get_xdata().tolist() for line in panel.lines if line.get_marker() == "."]
+    assert drawn == [[10, 20], [10, 20], [25], [25]]
+    with pytest.raises(ValueError, match="expected curves such as"):
+        read_curves([tmp_path])
 
 
 def test_the_mean_of_a_panorama_is_of_neighbours_side_by_side(pictures: TrainingSet, tables: Tables):
