@@ -21,7 +21,7 @@ from ..model_cache import ModelCache
 from ..private_views import skeleton
 from ..residency import is_out_of_memory
 from .lora_files import Layer, MadeFor, layers_of, made_for, refuse_other_methods, stand_ins
-from .weight_changes import DORA, WeightChange, matrix
+from .weight_changes import DORA, WeightChange, lengths_by_row, matrix
 
 MOST_STRENGTH = 20.0
 _SETTINGS = "lora_adapter_metadata"  # under which diffusers writes ranks and alphas, as JSON, into the file's metadata
@@ -148,6 +148,8 @@ def open_lora(checkpoint: Checkpoint, path: Path, strength: float) -> Lora:
     try:
         layers, left = lora._layers(stand_ins(shapes))
     except _UNKNOWN_LAYOUT as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise _unknown_layout(path, error) from error
     targets, missing = _targets(checkpoint, path, layers)
     missing += left
@@ -199,7 +201,10 @@ def _check_size(checkpoint: Checkpoint, path: Path, layer: Layer, module: nn.Mod
             f"{weight.shape[0]} values, as in {checkpoint.folder.name}, a {checkpoint.family.name} model; found {said}"
         )
     lengths = layer.parts.get(DORA)
-    if lengths is not None and lengths.numel() not in weight.shape[:2]:
+    if lengths is None:
+        return
+    by_row = lengths_by_row(lengths, weight.shape[0])
+    if lengths.numel() != weight.shape[0 if by_row else 1]:
         raise CheckpointError(
             f"{path.name}: expected a length for each of {weight.shape[0]} rows or {weight.shape[1]} columns of "
             f"{layer.path}, found {lengths.numel()}"

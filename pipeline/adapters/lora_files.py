@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files.safetensors_files import CheckpointError
-from .weight_changes import DORA, LOHA, LOKR, Parts, matrix, rank_of
+from .weight_changes import DORA, Parts, matrix, rank_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,13 +26,21 @@ _IN_ONE_ROW = frozenset(
 UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 # What is stored by methods that change a weight in other ways than ``weight_changes`` knows.
 _OTHER_METHODS = {"oft_": "OFT", "lora_controlnet": "Control-LoRA"}
+# Changes of norms, biases and whole weights, which some files hold beside their factors.
+_NO_FACTORS = (".w_norm", ".b_norm", ".diff", ".diff_b")
 # What lies beside the two factors of a LoRA, or in their place.
 _OTHER_PARTS = re.compile(
     r"(?P<stem>.+?)\.(?P<part>hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|lora_mid|dora_scale|lora_magnitude_vector)"
     r"(\.default)?(\.weight)?"
 )
-_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight")
-_UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", "_lora.up.weight")
+_DOWN = (
+    ".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight",
+    ".lora_linear_layer.down.weight",
+)  # fmt: skip
+_UP = (
+    ".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", "_lora.up.weight",
+    ".lora_linear_layer.up.weight",
+)  # fmt: skip
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -117,39 +125,58 @@ def stand_ins(shapes: Shapes) -> dict[str, Tensor]:
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, "_Others"]]:
-    """A file as if it were all LoRA, by whose names converters know layers; and what lies elsewhere, by stem.
+@dataclass(frozen=True)
+class _Other:
+    """A layer that is not two factors and no more. alpha: as the file has it; size: (out, in * kernel)."""
 
-    A layer of another method is stood for by two factors of rank 1, of no memory.
+    stem: str
+    parts: Parts
+    alpha: Tensor | None
+    size: tuple[int, int]
+
+    def scale(self, as_lora: float) -> float:
+        """as_lora: the scale of a LoRA of this layer without an alpha of its own."""
+        rank = rank_of(self.parts)
+        if self.alpha is not None and rank is not None:
+            return self.alpha.float().reshape(-1)[0].item() / rank
+        return as_lora if "lora_down" in self.parts else 1.0
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[_Other], list[str]]:
+    """A file as if it were all LoRA, by whose names converters know layers; the layers that are not; what is neither.
+
+    Number i of the others is stood for by two factors of rank 1 and of no memory, whose values are 1 and i + 1:
+    converters rename factors, multiply them by alpha / rank, which is 1 here, or take them apart, which shows in sizes.
     """
-    kept, others = {}, {}
+    kept, parts, left = {}, {}, []
     for name, tensor in tensors.items():
         match = _OTHER_PARTS.fullmatch(name)
-        if match is None:
+        if name.endswith(_NO_FACTORS):
+            left.append(name)
+        elif match is None:
             kept[name] = tensor
+        elif match["part"] == "lora_magnitude_vector":  # PEFT's are of rows, whatever their shape
+            parts.setdefault(match["stem"], {})[DORA] = tensor.flatten()
         else:
-            part = DORA if match["part"] == "lora_magnitude_vector" else match["part"]
-            others.setdefault(match["stem"], _Others({})).parts[part] = tensor
-    for stem, found in others.items():
-        if any(name.startswith((LOHA, LOKR)) for name in found.parts):
-            found.is_whole = True
-            alpha, rank = kept.pop(f"{stem}.alpha", None), rank_of(found.parts)
-            # A stand-in is zero, and of it only the shape is asked.
-            found.scale = 1.0 if alpha is None or rank is None else alpha.float().reshape(-1)[0].item() / rank
-            rows, columns = matrix({name: part.to("meta") for name, part in found.parts.items()}).shape
-            nothing = torch.zeros(())
-            kept[f"{stem}.lora_down.weight"] = nothing.expand(1, columns)
-            kept[f"{stem}.lora_up.weight"] = nothing.expand(rows, 1)
-    return kept, others
-
-
-@dataclass
-class _Others:
-    """parts: those that are no factors of a LoRA; is_whole: there are no others in this layer."""
-
-    parts: dict[str, Tensor]
-    is_whole: bool = False
-    scale: float = 1.0
+            parts.setdefault(match["stem"], {})[match["part"]] = tensor
+    others = []
+    for stem, found in parts.items():
+        dotted = "." in stem
+        names = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight") if dotted else (
+            f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+        )  # fmt: skip
+        for down, up in zip(_DOWN, _UP, strict=True):
+            if stem + down in kept and stem + up in kept:
+                names = stem + down, stem + up
+                found |= {"lora_down": kept[names[0]], "lora_up": kept[names[1]]}
+        rows, columns = matrix({name: part.to("meta") for name, part in found.items()}).shape
+        alpha = kept.get(f"{stem}.alpha")
+        others.append(_Other(stem, found, alpha, (rows, columns)))
+        kept[names[0]] = torch.ones(()).expand(1, columns)
+        kept[names[1]] = torch.tensor(float(len(others))).expand(rows, 1)
+        if alpha is not None:
+            kept[f"{stem}.alpha"] = torch.tensor(1.0)
+    return kept, others, left
 
 
 def layers_of(
@@ -170,15 +197,12 @@ def layers_of(
     another method on a layer that is in several pieces here, since only a LoRA can be taken apart.
     """
     convert = getattr(pipeline, "lora_state_dict", None)
-    as_lora, others = gathered(tensors)
-    named = prepared = _with_alphas_in(as_lora)
-    # Converters rename a factor and hand it on, or take it apart.
-    beside = {id(prepared[stem + up]): stem for stem in others for up in _UP if stem + up in prepared}
+    as_lora, others, left = gathered(tensors)
+    named: Mapping[str, Tensor] = _with_alphas_in(as_lora)
     if convert is not None:
         found = convert(dict(named), unet_config=SimpleNamespace(layers_per_block=layers_per_block))
         named = found[0] if isinstance(found, tuple) else found
     sides: dict[tuple[str, str], dict[str, Tensor]] = {}
-    left = []
     for component, keys in _by_component(named, denoiser, components).items():
         for key, tensor in _as_peft(keys, is_text=component != denoiser).items():
             match = _FACTOR.fullmatch(key)
@@ -187,25 +211,39 @@ def layers_of(
                     left.append(key)
                 continue
             sides.setdefault((component, match[1]), {})[match[2]] = tensor
-    layers = []
+    layers, waiting = [], {float(number): other for number, other in enumerate(others, start=1)}
     for (component, path), pair in sides.items():
         if pair.keys() != {"A", "B"} or pair["A"].ndim < 2 or pair["B"].ndim < 2:
             left.append(path)
             continue
-        other = others.pop(beside.get(id(pair["B"]), ""), _Others({}))
-        if other.is_whole:
-            layers.append(Layer(component, path, other.parts, other.scale))
-            continue
         scale = _scale(settings, component, path, pair["A"].shape[0])
-        parts = {"lora_down": pair["A"], "lora_up": pair["B"], **other.parts}
+        parts: Parts = {"lora_down": pair["A"], "lora_up": pair["B"]}
+        if waiting and (other := _stood_for(pair, waiting)) is not None:
+            rank = rank_of(other.parts) or 1
+            scale, parts = other.scale(_scale(settings, component, path, rank)), other.parts
         layers.append(Layer(component, path, parts, scale))
-    if others:
-        stem, other = next(iter(others.items()))
+    if waiting:
+        other = next(iter(waiting.values()))
         raise CheckpointError(
             f"{name}: expected each layer that is no plain LoRA to be one of the model, found "
-            f"{next(iter(other.parts))} of {stem}, which is in several pieces there or has no factors"
+            f"{next(iter(other.parts))} of {other.stem}, which is in several pieces there"
         )
     return layers, left
+
+
+def _stood_for(pair: Mapping[str, Tensor], waiting: dict[float, _Other]) -> _Other | None:
+    """The layer in whose place these two factors were converted, no longer waiting; None where they are a LoRA's own.
+
+    Those are no constants but by a rare chance, and where they are, of a rank or a size of their own.
+    """
+    down, up = pair["A"].flatten(1), pair["B"].flatten(1)
+    if down.shape[0] != 1 or bool((down != 1).any()):
+        return None
+    number = float(up[0, 0])
+    other = waiting.get(number)
+    if other is None or other.size != (up.shape[0], down.shape[1]) or bool((up != number).any()):
+        return None
+    return waiting.pop(number)
 
 
 def _with_alphas_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

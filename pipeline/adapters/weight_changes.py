@@ -49,7 +49,9 @@ class WeightChange(nn.Module):
         super().__init__()
         self.scale = scale
         for name, part in parts.items():
-            self.register_parameter(name, nn.Parameter(part.to(dtype).clone(), requires_grad=False))
+            # Lengths hardly differ from those that were: what is left of them in half precision is mostly rounding.
+            kept = part.to(torch.float32 if name == DORA else dtype)
+            self.register_parameter(name, nn.Parameter(kept.clone(), requires_grad=False))
 
     def lay_over(self, module: nn.Module, strength: float) -> None:
         """On a Linear or a Conv2d of a run's own view."""
@@ -57,7 +59,8 @@ class WeightChange(nn.Module):
         if parts.keys() == {"lora_down", "lora_up"}:  # by far the most, and in a form that a compiler reads well
             hook = partial(_add_lora, parts["lora_down"], parts["lora_up"], self.scale * strength)
         elif DORA in parts:
-            hook = partial(_add_with_lengths, parts, self.scale, strength, {})
+            lengths = _lengthened(parts, self.scale, module)
+            hook = partial(_add_with_lengths, parts, *lengths, self.scale, strength)
         else:
             hook = partial(_add, parts, self.scale * strength)
         module.register_forward_hook(hook)
@@ -80,14 +83,7 @@ def _add_lora(
     down: Tensor, up: Tensor, scale: float, module: Any, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
     """A hook after the layer: output + scale * up(down(input))."""
-    seen = inputs[0].to(down.dtype)
-    rank = down.shape[0]
-    if isinstance(module, nn.Conv2d):
-        narrow = _convolved(module, seen, down.reshape(rank, *module.weight.shape[1:]))
-        added = F.conv2d(narrow, up.reshape(-1, rank, 1, 1))
-    else:
-        added = F.linear(F.linear(seen, down.flatten(1)), up.flatten(1))
-    return output + scale * added.to(output.dtype)
+    return output + scale * _narrowed(down, up, module, inputs[0].to(down.dtype)).to(output.dtype)
 
 
 def _add(parts: Parts, scale: float, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -96,51 +92,68 @@ def _add(parts: Parts, scale: float, module: Any, inputs: tuple[Tensor, ...], ou
 
 def _add_with_lengths(
     parts: Parts,
+    longer: Tensor,
+    by_row: bool,
     scale: float,
     strength: float,
-    known: dict[str, Any],
     module: Any,
     inputs: tuple[Tensor, ...],
     output: Tensor,
 ) -> Tensor:
     """DoRA, W' = magnitude * (W + change) / |W + change|, ``strength`` of the way from W to W'.
 
-    known: what the lengths are multiplied by, computed at the first of a run's calls.
+    longer: magnitude / |W + change| - 1. What other adapters made of the output stays as it is.
     """
-    if not known:
-        known["gain"], known["by_row"] = _gain(parts, scale, module.weight)
-    gain, seen = known["gain"].to(output.dtype), inputs[0]
-    is_conv = isinstance(module, nn.Conv2d)
-    across = gain.reshape(-1, 1, 1) if is_conv else gain
-    if known["by_row"]:
-        bias = 0 if module.bias is None else module.bias.reshape(-1, 1, 1) if is_conv else module.bias
-        changed = across * (output - bias + scale * _change(parts, module, seen).to(output.dtype)) + bias
-        return output + strength * (changed - output)
-    longer = seen * across.to(seen.dtype)
-    further = longer - seen
-    base = _convolved(module, further, module.weight) if is_conv else F.linear(further, module.weight)
-    return output + strength * (base + scale * _change(parts, module, longer)).to(output.dtype)
+    seen = inputs[0]
+    further = longer.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else longer
+    further = further.to(seen.dtype)
+    if by_row:
+        change = scale * _change(parts, module, seen).to(seen.dtype)
+        added = further * (_applied(module, seen, module.weight) + change) + change
+    else:
+        added = _applied(module, further * seen, module.weight)
+        added = added + scale * _change(parts, module, seen + further * seen).to(added.dtype)
+    return output + strength * added.to(output.dtype)
 
 
-def _gain(parts: Parts, scale: float, weight: Tensor) -> tuple[Tensor, bool]:
-    """(out,) where each row has a length, which is so unless the file's lengths lie beside each other; else (in,)."""
-    magnitude = parts[DORA].float()
-    rows = weight.float().flatten(1) + scale * matrix({name: part.float() for name, part in parts.items()})
-    by_row = magnitude.ndim == 1 or magnitude.shape[0] == weight.shape[0]
-    length = rows.norm(dim=1) if by_row else rows.unflatten(1, (weight.shape[1], -1)).norm(dim=(0, 2))
-    return magnitude.flatten() / length.clamp(min=1e-12), by_row
+def _lengthened(parts: Parts, scale: float, module: Any) -> tuple[Tensor, bool]:
+    """What each row is to be longer by, as a share of itself, or each column; and which of the two it is."""
+    weight = module.weight
+    weight = weight.dequantize() if type(weight).__module__.startswith("torchao") else weight
+    lengths = parts[DORA].to(weight.device)
+    changed = weight.float().flatten(1) + scale * matrix(
+        {name: part.to(weight.device, torch.float32) for name, part in parts.items()}
+    )
+    by_row = lengths_by_row(lengths, weight.shape[0])
+    norms = changed.norm(dim=1) if by_row else changed.unflatten(1, (weight.shape[1], -1)).norm(dim=(0, 2))
+    return lengths.flatten() / norms.clamp(min=1e-12) - 1, by_row
+
+
+def lengths_by_row(lengths: Tensor, rows: int) -> bool:
+    """Whether ``dora_scale`` is of rows: one dimension, or the first of them as long as there are rows."""
+    return lengths.ndim == 1 or lengths.shape[0] == rows
 
 
 def _change(parts: Parts, module: Any, seen: Tensor) -> Tensor:
     """What the change alone makes of the layer's input."""
-    dtype = next(iter(parts.values())).dtype
-    seen, is_conv = seen.to(dtype), isinstance(module, nn.Conv2d)
+    seen = seen.to(next(part.dtype for name, part in parts.items() if name != DORA))
     if _is(LOKR, parts):
-        return _kronecker(_side(parts, "lokr_w1"), _side(parts, "lokr_w2"), module if is_conv else None, seen)
+        conv = module if isinstance(module, nn.Conv2d) else None
+        return _kronecker(_side(parts, "lokr_w1"), _side(parts, "lokr_w2"), conv, seen)
+    if "lora_down" in parts and "lora_mid" not in parts:
+        return _narrowed(parts["lora_down"], parts["lora_up"], module, seen)
     # A product of values is no product of matrices: there is no way around the whole, and making it costs less than
-    # one layer does on some hundred tokens.
-    weight = matrix(parts).reshape(module.weight.shape)
-    return _convolved(module, seen, weight) if is_conv else F.linear(seen, weight)
+    # one layer does on some hundred tokens. Cores are rare.
+    return _applied(module, seen, matrix(parts).reshape(module.weight.shape))
+
+
+def _narrowed(down: Tensor, up: Tensor, module: Any, seen: Tensor) -> Tensor:
+    rank = down.shape[0]
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(
+            _applied(module, seen, down.reshape(rank, *module.weight.shape[1:])), up.reshape(-1, rank, 1, 1)
+        )
+    return F.linear(F.linear(seen, down.flatten(1)), up.flatten(1))
 
 
 def _kronecker(left: Tensor, right: Tensor, conv: nn.Conv2d | None, seen: Tensor) -> Tensor:
@@ -150,9 +163,12 @@ def _kronecker(left: Tensor, right: Tensor, conv: nn.Conv2d | None, seen: Tensor
         within = F.linear(seen.unflatten(-1, (groups, -1)), right)
         return (left @ within).flatten(-2)
     right = right.reshape(right.shape[0], -1, *conv.kernel_size)
-    within = _convolved(conv, seen.unflatten(1, (groups, -1)).flatten(0, 1), right).unflatten(0, (-1, groups))
+    within = _applied(conv, seen.unflatten(1, (groups, -1)).flatten(0, 1), right).unflatten(0, (-1, groups))
     return torch.einsum("ab,nbchw->nachw", left, within).flatten(1, 2)
 
 
-def _convolved(module: nn.Conv2d, seen: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(seen, weight, stride=module.stride, padding=module.padding, dilation=module.dilation)
+def _applied(module: Any, seen: Tensor, weight: Tensor) -> Tensor:
+    """``weight`` in place of the layer's own, without its bias."""
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(seen, weight, stride=module.stride, padding=module.padding, dilation=module.dilation)
+    return F.linear(seen, weight)
