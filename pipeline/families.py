@@ -18,7 +18,8 @@ class Tasks:
 @dataclass(frozen=True)
 class Family:
     """native_size, size_multiple, image_size: pixels; downscale: pixels a side of one latent; default_steps,
-    default_guidance: where nobody says any, of a model that was not distilled further.
+    default_guidance: where nobody says any, of a model that was not distilled further; few_steps: of one that was, and
+    does not say for how many.
 
     components: what a folder must hold; fixed_size: makes native_size only, whatever is asked for; panoramas: or twice
     as wide, where that is asked for; pads_to_window: CLIP, trained on prompts padded to the tokenizer's window, so that
@@ -50,6 +51,7 @@ class Family:
     default_steps: int
     default_guidance: float
     components: tuple[str, ...]
+    few_steps: int = 4
     fixed_size: bool = False
     panoramas: bool = False
     pads_to_window: bool = False
@@ -216,6 +218,7 @@ FAMILIES: dict[str, Family] = {
         size_multiple=16,
         downscale=8,
         default_steps=30,
+        few_steps=8,
         default_guidance=5.0,
         components=_ONE_ENCODER,
         device_dtype=torch.bfloat16,

@@ -62,6 +62,12 @@ def distilled(checkpoint: Checkpoint) -> Distilled | None:
         return None
     if found := _by_network(checkpoint):
         return found
+    found = _by_what_is_said(checkpoint)
+    # A network that takes guidance as an input goes on taking it, whatever is laid over it.
+    return replace(found, hears_guidance=True) if found and not checkpoint.family.takes_negative else found
+
+
+def _by_what_is_said(checkpoint: Checkpoint) -> Distilled | None:
     # The LoRA that was laid over last comes first. One may be of a subject: a picture of lightning, or of a car.
     files = [adapter.path for adapter in reversed(_loras(checkpoint))]
     for path in files:

@@ -23,7 +23,6 @@ _EPSILON: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tcd": ("TCDScheduler", _UNCLIPPED),  # arXiv 2402.19159
 }
 _CONSISTENCY = ("lcm", "tcd")
-_FEW_STEPS = 4  # of a distilled model that does not say how many
 # Schedulers whose networks are fed in another way than by any of the above.
 _APART = ("SCMScheduler",)
 
@@ -72,7 +71,7 @@ def _usual(checkpoint: Checkpoint) -> tuple[int, float]:
     family, how = checkpoint.family, distilled(checkpoint)
     if how is None:
         return family.default_steps, family.default_guidance
-    return how.steps or _FEW_STEPS, family.default_guidance if how.hears_guidance else 1.0
+    return how.steps or family.few_steps, family.default_guidance if how.hears_guidance else 1.0
 
 
 def _automatic(checkpoint: Checkpoint, shift: float | None, how: Distilled | None) -> Any:

@@ -495,3 +495,15 @@ def test_what_nobody_says_is_what_the_model_is_meant_for(
     said = schedule_for(family(name), EXACT, 7, 2.0)
     assert (said.num_inference_steps, said.guidance_scale) == (7, 2.0)
     assert schedule_for(family(name), SpeedPlan(num_inference_steps=3), None, 2.0).num_inference_steps == 3
+
+
+def test_a_lora_of_few_steps_leaves_a_network_the_guidance_that_it_takes(
+    family: Callable[[str], Checkpoint], tmp_path: Path
+):
+    plain = family("flux_dev")
+    factors = random_factors(plain.build("transformer"), lambda name: name.endswith("to_q"))
+    path = save_peft(tmp_path / "Hyper-FLUX.1-dev-8steps-lora.safetensors", {"transformer": factors})
+    quick = plain.with_adapter(open_lora(plain, path, 0.125))
+    for plan in (EXACT, SpeedPlan(scheduler="automatic")):
+        found = schedule_for(quick, plan, None, None)
+        assert (found.num_inference_steps, found.guidance_scale) == (8, 3.5)
