@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
     parser.add_argument("--work", type=Path, default=Path(".cache/mini"))
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=1)
     chosen = parser.parse_args(arguments)
     size = open_checkpoint(chosen.model).family.native_size
     draw_sheet(load_pictures(chosen.work, size), chosen.model, chosen.steps).save(chosen.target)
