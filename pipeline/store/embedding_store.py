@@ -31,6 +31,7 @@ _LIBRARIES = ("torch", "transformers", "diffusers", "tokenizers", "timm", "effic
 NUMBERS = (
     "adapters/lora.py",
     "adapters/lora_files.py",
+    "adapters/weight_changes.py",
     "private_views.py",
     "checkpoints.py",
     "conditioning.py",

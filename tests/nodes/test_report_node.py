@@ -83,7 +83,7 @@ def test_the_loss_of_a_plan_is_told(client: Client):
     prompt["plan"]["inputs"] = SPEED_PLAN | {"measure_loss": True, "step_cache": 0.5}
     text, found = told(client, prompt)
     assert found["steps_skipped"] > 0 and found["steps_computed"] + found["steps_skipped"] == 8
-    assert 0 < found["loss"]["psnr"] < 80 and found["loss"]["ssim"] < 1 and not found["loss"]["equal"]
+    assert 0 < found["loss"]["psnr"] < 150 and found["loss"]["ssim"] <= 1 and not found["loss"]["equal"]
     assert f"PSNR {found['loss']['psnr']:.2f} dB, SSIM {found['loss']['ssim']:.4f}" in text
     assert found["shortcuts"] and found["shortcuts"][0] in text.splitlines()[0]
 

@@ -62,7 +62,7 @@ def draw(cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan | None = Non
         ({"scheduler": "fastest"}, "scheduler of a speed plan must be one of checkpoint, .*; got 'fastest'"),
         ({"compile": "x" * 999}, "compile of a speed plan must be one of off, regions, cuda graphs; got 'x{80}'"),
         ({"quantisation": "int4"}, "quantisation of a speed plan must be one of off, int8"),
-        ({"dtype": "float64"}, "dtype of a speed plan must be one of automatic, float32"),
+        ({"dtype": "float64"}, "dtype of a speed plan must be one of automatic, fastest, float32"),
         ({"memory_format": ""}, "memory format of a speed plan must be one of contiguous, channels_last; got ''"),
         ({"where_it_fits": ("steps",)}, "left out where it does not fit of a speed plan must be one of step_cache"),
         ({"step_cache": 0.2, "unet_cache": 2}, "a step cache or a UNet cache.*got both, 0.2 and every 2 steps"),
@@ -79,7 +79,7 @@ def test_the_exact_plan_of_any_other_keeps_the_walk_and_drops_the_shortcuts():
     quick = SpeedPlan("custom", **dials, unet_cache=2, dtype="float16", measure_loss=True)
     assert quick.exact() == SpeedPlan("exact", **dials)
     assert quick.takes_shortcuts and not replace(quick.exact(), name="custom", measure_loss=True).takes_shortcuts
-    assert [plan.takes_shortcuts for plan in PRESETS.values()] == [False, True, False]
+    assert [plan.takes_shortcuts for plan in PRESETS.values()] == [True, True, False]
 
 
 @pytest.mark.parametrize("plan", [UNET, replace(STEP, step_cache=0.5)], ids=["UNet cache", "step cache"])
