@@ -50,7 +50,7 @@ def use_denoiser(
     for what the model or the machine cannot do, where the plan does not leave that out.
     """
     lay = functools.partial(_laid, plan, applied)
-    dtype = precision(plan, cache.residency.device)
+    dtype = precision(checkpoint, plan, cache.residency.device)
     with ExitStack() as stack:
         lent = None
         if plan.quantisation != "off":
@@ -93,7 +93,7 @@ class Decoders:
 
     def _lent(self, cache: ModelCache, checkpoint: Checkpoint, plan: SpeedPlan) -> AbstractContextManager[Any]:
         if self.result is not None:
-            return self.result.use(cache, precision(plan, cache.residency.device))
+            return self.result.use(cache, precision(checkpoint, plan, cache.residency.device))
         dtype = decoder_precision(checkpoint, plan, cache.residency.device)
         if plan.memory_format != "contiguous":
             if cache.residency.device.type != "cpu":

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceleration.precision import multiplies_by_tiles
 from tests.nodes.prompts import graph, pixels_of
 from tests.rig.client import Client, Prompt, PromptRefusedError, Run
 
-FASTEST = "bfloat16" if multiplies_by_tiles() else "float32"
 DIALS: dict[str, Any] = {
     "preset": "exact",
     "steps": 0,
@@ -66,7 +64,7 @@ def test_a_dial_goes_before_the_preset(client: Client):
 
 def test_what_does_not_fit_is_refused_by_hand_and_left_out_by_a_preset(client: Client):
     left_out = client.run(planned(asked=1, preset="balanced"))
-    assert summary(left_out).startswith(f"balanced · 1 of 1 steps computed in full · {FASTEST} on cpu")
+    assert summary(left_out).startswith("balanced · 1 of 1 steps computed in full · float32 on cpu")
     assert any("UNet cache left out: expected 5 steps" in notice for notice in left_out.outputs["draw"]["duet_notices"])
     refused = client.run(planned(asked=1, preset="balanced", unet_cache=2))
     assert refused.ended == "execution_error"
