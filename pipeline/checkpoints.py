@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .families import FAMILIES, Family
+from .families import FAMILIES
+from .family import Family
 from .files.components import Component, check_model, either, open_component
 from .files.content import Digests, effective
 from .files.safetensors_files import CheckpointError, read_json, shown

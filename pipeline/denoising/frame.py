@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..families import Family
+from ..family import Family
 from ..vision.resizing import fit_to
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..families import Family
+from ..family import Family
 from .diffusers_generation import Source
 
 _FEW = 4

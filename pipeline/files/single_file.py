@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..families import FAMILIES, Family
+from ..families import FAMILIES
+from ..family import Family
 from .components import Component, model_class_allowed, open_component
 from .safetensors_files import CheckpointError, TensorEntry, WeightsFile, check_weights, read_json, shown
 from .single_file_signs import SIGNS, UNUSABLE, Sign
