@@ -15,6 +15,8 @@ Entries = Mapping[str, TensorEntry]
 _V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09
 
+_PIXART_FIRST_SIDE = 64  # latents a side, at which PixArt counts its places by one
+
 
 @dataclass(frozen=True)
 class Sign:
@@ -69,6 +71,17 @@ class Sign:
             }
         if self.form == "qwen_image":
             return {"num_layers": _count(entries, "transformer_blocks")}
+        if self.form == "pixart":
+            told = {
+                "num_layers": _count(entries, "blocks"),
+                "use_additional_conditions": "csize_embedder.mlp.0.weight" in entries,
+            }
+            if "pos_embed" in entries:  # a table for each patch: so the file tells the size that it was trained at
+                side = config["patch_size"] * round(entries["pos_embed"].shape[1] ** 0.5)
+                told |= {"sample_size": side, "interpolation_scale": side / _PIXART_FIRST_SIDE}
+            return told
+        if self.form == "diffusers_pixart":
+            return {"num_layers": _count(entries, "transformer_blocks")}
         return {}
 
     def scheduler(self, file: WeightsFile, prefix: str) -> dict[str, Any]:
@@ -100,6 +113,15 @@ _ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 _DEEPER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 _NOT_SD = ("label_emb.0.0.weight", "encoder_hid_proj.weight", "time_embed.cond_proj.weight")
 _NOT_UNET_SD = ("add_embedding.linear_1.weight", "encoder_hid_proj.weight", "time_embedding.cond_proj.weight")
+_PIXART = ("blocks.0.attn.qkv.weight", "blocks.0.cross_attn.kv_linear.weight", "t_block.1.weight")
+_NOT_PIXART = (  # Sana, and variants of PixArt that diffusers has no network for
+    "attention_y_norm.weight",
+    "blocks.0.attn.q_norm.weight",
+    "blocks.0.attn.sr.weight",
+    "blocks.14.attn.sr.weight",
+)
+_PIXART_DIFFUSERS = ("adaln_single.linear.weight", "caption_projection.linear_1.weight", "pos_embed.proj.weight")
+_PIXART_SIZED = "adaln_single.emb.resolution_embedder.linear_1.weight"
 _FLUX_2 = ("double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight")
 _FLUX_2_DIFFUSERS = ("double_stream_modulation_img.linear.weight", "single_stream_modulation.linear.weight")
 
@@ -132,6 +154,11 @@ SIGNS = (
     Sign("flux2_klein_4b", "as_is", _FLUX_2_DIFFUSERS, (), ("x_embedder.weight", 0, 3072)),
     Sign("flux2_klein_9b", "as_is", _FLUX_2_DIFFUSERS, (), ("x_embedder.weight", 0, 4096)),
     Sign("qwen_image", "qwen_image", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
+    # Both kinds have the same tensors; what tells them apart is how many tokens their empty prompt has.
+    Sign("pixart_alpha", "pixart", _PIXART, _NOT_PIXART, ("y_embedder.y_embedding", 0, 120)),
+    Sign("pixart_sigma", "pixart", _PIXART, _NOT_PIXART, ("y_embedder.y_embedding", 0, 300)),
+    Sign("pixart_alpha", "diffusers_pixart", (*_PIXART_DIFFUSERS, _PIXART_SIZED)),
+    Sign("pixart_sigma", "diffusers_pixart", _PIXART_DIFFUSERS, (_PIXART_SIZED,)),
     Sign("z_image", "z_image", ("cap_embedder.0.weight", "layers.0.adaLN_modulation.0.weight", "x_pad_token")),
 )
 
@@ -139,7 +166,9 @@ SIGNS = (
 UNUSABLE: dict[str, tuple[str, ...]] = {
     "a ControlNet, which steers a model and is none": ("control_model.input_blocks.0.0.weight",),
     "a ControlNet in diffusers' names, which steers a model and is none": ("controlnet_cond_embedding.conv_in.weight",),
-    "Kolors in one file, for which diffusers has no converter: use its diffusers folder": ("encoder_hid_proj.weight",),
+    "Kolors in one file. Duet may not ship ChatGLM's vocabulary, which its words are in: use its diffusers folder": (
+        "encoder_hid_proj.weight",
+    ),
     "Chroma, a family that is not known here": ("distilled_guidance_layer.in_proj.bias",),
     "FLUX.1 Fill, Depth, Canny or another whose picture input differs, which is not known here": (
         "double_blocks.0.img_attn.norm.key_norm.scale",
@@ -150,7 +179,7 @@ UNUSABLE: dict[str, tuple[str, ...]] = {
         "attention_y_norm.weight",
         "y_embedder.y_proj.fc1.weight",
     ),
-    "PixArt in one file, for which diffusers has no converter: use its diffusers folder": (
+    "PixArt with normalised queries or compressed keys, or without its empty prompt, which is not known here": (
         "blocks.0.cross_attn.kv_linear.weight",
         "y_embedder.y_proj.fc1.weight",
     ),

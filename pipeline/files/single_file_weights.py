@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from . import pixart_names
 from .components import Component
 from .safetensors_files import CheckpointError, check_weights, read_json
 
@@ -128,6 +129,10 @@ def _flux2(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     return _utilities().convert_flux2_transformer_checkpoint_to_diffusers(tensors)
 
 
+def _pixart(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    return pixart_names.to_diffusers(tensors)
+
+
 def _z_image(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     return _utilities().convert_z_image_transformer_checkpoint_to_diffusers(tensors)
 
@@ -136,12 +141,14 @@ CONVERTERS: dict[str, Callable[[Tensors, dict[str, Any]], Tensors]] = {
     "as_is": _as_is,
     "clip": _clip,
     "diffusers_flux": _as_is,
+    "diffusers_pixart": _as_is,
     "diffusers_unet": _as_is,
     "flux": _flux,
     "flux2": _flux2,
     "ldm_unet": _ldm_unet,
     "ldm_vae": _ldm_vae,
     "open_clip": _open_clip,
+    "pixart": _pixart,
     "qwen_image": _as_is,
     "sd3": _sd3,
     "wan_vae": _wan_vae,

@@ -357,3 +357,52 @@ def write(path: Path, **parts: tuple[str, Tensors]) -> Path:
     tensors = {f"{prefix}{name}": tensor for prefix, part in parts.values() for name, tensor in part.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     return path
+
+
+def pixart(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """With the table of places and the empty prompt, which the file has and diffusers does not."""
+    ends = {
+        "pos_embed.proj": "x_embedder.proj",
+        "caption_projection.linear_": "y_embedder.y_proj.fc",
+        "adaln_single.emb.timestep_embedder": "t_embedder.mlp",
+        "adaln_single.emb.resolution_embedder": "csize_embedder.mlp",
+        "adaln_single.emb.aspect_ratio_embedder": "ar_embedder.mlp",
+        "adaln_single.linear": "t_block.1",
+        "mlp.linear_1": "mlp.0",
+        "mlp.linear_2": "mlp.2",
+        "proj_out": "final_layer.linear",
+    }
+    within = {
+        "attn1.to_out.0": "attn.proj",
+        "attn2.to_out.0": "cross_attn.proj",
+        "attn2.to_q": "cross_attn.q_linear",
+        "ff.net.0.proj": "mlp.fc1",
+        "ff.net.2": "mlp.fc2",
+        "transformer_blocks": "blocks",
+    }
+    joined = {"attn1.to_q": ("attn.qkv", "qkv"), "attn2.to_k": ("cross_attn.kv_linear", "kv")}
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    places = (config["sample_size"] // config["patch_size"]) ** 2
+    written = {
+        "pos_embed": torch.empty(1, places, width, device=tensors["proj_out.weight"].device),
+        "y_embedder.y_embedding": torch.empty(
+            120 if config["use_additional_conditions"] else 300,
+            config["caption_channels"],
+            device=tensors["proj_out.weight"].device,
+        ),
+    }
+    for name, tensor in tensors.items():
+        first = next((each for each in joined if each in name), None)
+        if first is not None:
+            target, letters = joined[first]
+            pieces = [tensors[name.replace(first, f"{first[:-1]}{letter}")] for letter in letters]
+            name, tensor = name.replace(first, target), torch.cat(pieces)
+        elif re.search(r"attn1\.to_[kv]|attn2\.to_v", name):
+            continue
+        elif name == "scale_shift_table":
+            name = f"final_layer.{name}"
+        names = within if name.startswith("transformer_blocks") else ends
+        for new, old in names.items():
+            name = name.replace(new, old)
+        written[name] = tensor
+    return written

@@ -85,6 +85,14 @@ def z_image(folder: Path, path: Path) -> list[Path]:
     return _apart(folder, path, layouts.z_image, layouts.ldm_vae, prefix=UNET)
 
 
+def pixart(folder: Path, path: Path) -> list[Path]:
+    return _apart(folder, path, layouts.pixart, layouts.ldm_vae, prefix="")
+
+
+def pixart_in_diffusers_names(folder: Path, path: Path) -> list[Path]:
+    return _apart(folder, path, layouts.as_is, layouts.ldm_vae, prefix="")
+
+
 def flux_in_diffusers_names(folder: Path, path: Path) -> list[Path]:
     main, *others = _apart(folder, path, layouts.as_is, layouts.ldm_vae, prefix="")
     t5 = path.with_name("t5.safetensors")
@@ -93,7 +101,8 @@ def flux_in_diffusers_names(folder: Path, path: Path) -> list[Path]:
 
 def _apart(folder: Path, path: Path, transformer: Callable, vae: Callable, prefix: str) -> list[Path]:
     """As the host's users keep them: the denoiser in diffusion_models, the rest in text_encoders and vae."""
-    encoder = layouts.clip if (folder / "tokenizer_2").is_dir() else in_models
+    class_name = config_of(folder, "text_encoder")["architectures"][0]
+    encoder = {"CLIPTextModel": layouts.clip, "T5EncoderModel": layouts.as_is}.get(class_name, in_models)
     return [
         write(path, transformer=part(folder, "transformer", prefix, transformer)),
         write(path.with_name("encoder.safetensors"), encoder=part(folder, "text_encoder", "", encoder)),
@@ -120,6 +129,8 @@ WRITERS: dict[str, Callable[[Path, Path], list[Path]]] = {
     "flux2_klein": flux_2,
     "qwen_image": qwen_image,
     "z_image": z_image,
+    "pixart_alpha": pixart,
+    "pixart_sigma": pixart,
 }
 
 
@@ -336,6 +347,8 @@ PARAMETERS = {
     ("qwen_image", "transformer"): 20_430_401_088,
     ("qwen_image", "vae"): 126_892_531,
     ("z_image", "transformer"): 6_154_908_736,
+    ("pixart_alpha", "transformer"): 611_349_152,
+    ("pixart_sigma", "transformer"): 610_856_096,
 }
 DENOISERS: dict[str, Callable] = {
     "sd15": layouts.ldm_unet,
@@ -348,6 +361,8 @@ DENOISERS: dict[str, Callable] = {
     "flux2_klein_9b": layouts.flux2,
     "qwen_image": layouts.as_is,
     "z_image": layouts.z_image,
+    "pixart_alpha": layouts.pixart,
+    "pixart_sigma": layouts.pixart,
 }
 
 
@@ -468,6 +483,35 @@ def encoders_and_vae(tmp_path: Path, layout: str) -> list[Path]:
     index = json.loads((CONFIGS / layout / "model_index.json").read_text())
     names = [name for name in index if name == "vae" or name.startswith("text_encoder")]
     return [header_only(tmp_path / f"{name}.safetensors", full_size(layout, name, "")) for name in names]
+
+
+@pytest.mark.parametrize("pixels", [256, 512, 1024, 2048])
+def test_a_pixart_tells_the_size_it_was_trained_at(tmp_path: Path, pixels: int):
+    tensors = full_size("pixart_sigma", "transformer", "")
+    tensors["pos_embed"] = torch.empty(1, (pixels // 16) ** 2, 1152, device="meta")
+    path = header_only(tmp_path / "sigma.safetensors", tensors)
+    checkpoint = open_checkpoint(path, encoders_and_vae(tmp_path, "pixart_sigma"))
+    told = checkpoint.components["transformer"].options
+    assert (told["sample_size"], told["interpolation_scale"]) == (pixels // 8, pixels / 512)
+
+
+@pytest.mark.parametrize("kind", ["pixart_alpha", "pixart_sigma"])
+def test_a_pixart_in_diffusers_names_is_known_and_read_as_it_is(tmp_path: Path, cache: ModelCache, kind: str):
+    folder = save_family(kind, tmp_path / "folder")
+    path, *further = pixart_in_diffusers_names(folder, tmp_path / "pixart.safetensors")
+    single = open_checkpoint(path, further, config=folder)
+    assert single.family.name == {"pixart_alpha": "PixArt-alpha", "pixart_sigma": "PixArt-sigma"}[kind]
+    ours, theirs = open_checkpoint(folder).build("transformer"), single.build("transformer")
+    for (name, tensor), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    whole = header_only(tmp_path / "whole.safetensors", dict(module_on_meta(kind, "transformer").state_dict()))
+    assert open_checkpoint(whole, encoders_and_vae(tmp_path, kind)).index.parent.name == kind
+
+
+def test_a_pixart_that_diffusers_has_no_network_for_is_refused(tmp_path: Path):
+    tensors = full_size("pixart_sigma", "transformer", "")
+    tensors["blocks.0.attn.q_norm.weight"] = torch.empty(1152, device="meta")
+    refused(header_only(tmp_path / "normed.safetensors", tensors), "PixArt with normalised queries")
 
 
 def test_schnell_is_known_by_what_it_lacks(tmp_path: Path):
