@@ -66,6 +66,14 @@ if not asked_for_cpu:
     memory.extra_reserved_memory = lambda: 0
     memory.soft_empty_cache = lambda force=False: None
 
+if getattr(args, "enable_dynamic_vram", False):
+    # As the host's main.py does where comfy-aimdo finds a GPU: its own models are then moved layer by layer on demand.
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    comfy.memory_management.aimdo_enabled = True
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+
 spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
 assert spec and spec.loader
 sys.modules[PACK] = pack = importlib.util.module_from_spec(spec)

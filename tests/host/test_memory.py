@@ -9,7 +9,7 @@ import pytest
 
 from tests.host.prompts import demo_prompt, node_of, only_reports, with_reports
 from tests.rig.client import Client, Run
-from tests.rig.host import ComfyServer
+from tests.rig.host import ComfyServer, host_tree
 
 RUNS = 50
 SMALL = {"width": 64, "height": 64}
@@ -89,7 +89,7 @@ def test_a_cancelled_run_leaves_no_pin_and_the_next_equals_a_fresh_one(host: Com
     picture = client.fetch_image(fresh.images()[0])
 
     def cancel_at_the_second_step(kind: str, data: dict) -> None:
-        if kind == "progress" and data["value"] == 2:
+        if kind == "progress" and data["value"] >= 2:  # newer hosts do not tell of every step
             client.interrupt()
 
     cancelled = client.run(demo_prompt(host, seed=8, steps=100), cancel_at_the_second_step)
@@ -112,6 +112,9 @@ def test_each_step_is_told_and_some_are_shown_until_the_picture_itself_comes(
         lambda kind, data: values.append(data["value"]) if kind == "progress" else None,
     )
     assert run.succeeded, run.error
-    assert [value for value in values if value] == list(range(1, steps + 1))
+    told = [value for value in values if value]
+    throttled = "PROGRESS_THROTTLE" in (host_tree() / "comfy" / "utils.py").read_text(encoding="utf-8")
+    assert told == sorted(set(told)) and (told[0], told[-1]) == (1, steps)
+    assert len(told) == steps or throttled
     most = min(steps - 1, 10 * (time.monotonic() - started))
     assert (steps == 100) <= run.previews <= most, "one every tenth of a second"

@@ -3,28 +3,30 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.host.prompts import demo_prompt, with_reports
 from tests.host.test_memory import SMALL, reports
-from tests.rig import PYTHON
 from tests.rig.client import Client
-from tests.rig.host import PROBE, ComfyServer, has_gpu, host_tree
+from tests.rig.host import PROBE, ComfyServer, has_gpu, host_python, host_tree
 
 SCRIPT = Path(__file__).with_name("in_modes.py")
 CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
-MODES = {
+# Those that this host knows, of all there have been: --normalvram ended, dynamic VRAM began.
+STATES = {
     "--normalvram": "NORMAL_VRAM",
     "--lowvram": "LOW_VRAM",
     "--novram": "NO_VRAM",
     "--highvram": "HIGH_VRAM",
     "--gpu-only": "HIGH_VRAM",
     "--disable-smart-memory": "NORMAL_VRAM",
+    "--enable-dynamic-vram": "NORMAL_VRAM",
     "--cpu": "DISABLED",
 }
+KNOWN = (host_tree() / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+MODES = [flag for flag in STATES if f'"{flag}"' in KNOWN]
 # Where there is no GPU the host starts with --cpu only, which it does not take together with another mode.
 LAUNCHER = """
 import sys
@@ -41,13 +43,13 @@ runpy.run_path(f"{host}/main.py", run_name="__main__")
 
 @pytest.fixture(scope="module", params=MODES)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    command = [PYTHON, SCRIPT, host_tree(), tmp_path_factory.mktemp("base"), request.param]
+    command = [host_python(), SCRIPT, host_tree(), tmp_path_factory.mktemp("base"), request.param]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tmp_path_factory.mktemp("elsewhere")
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told.pop("state") == MODES[request.param], "the host was not in the mode that the flag asks for"
+    assert told.pop("state") == STATES[request.param], "the host was not in the mode that the flag asks for"
     return told
 
 
@@ -64,7 +66,7 @@ class ServerWith(ComfyServer):
         if has_gpu():
             return command
         command.remove("--cpu")
-        return [sys.executable, "-c", LAUNCHER, str(host_tree()), *command[2:]]
+        return [str(host_python()), "-c", LAUNCHER, str(host_tree()), *command[2:]]
 
 
 @pytest.mark.parametrize("flag", ["--lowvram", "--novram", "--highvram", "--gpu-only", "--disable-smart-memory"])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import PYTHON
-from tests.rig.host import host_tree
+from tests.rig.host import host_python, host_tree
 
 SCRIPT = Path(__file__).with_name("in_host.py")
 CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
@@ -16,7 +15,7 @@ CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(encoding="utf-8"), re.
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    command = [PYTHON, SCRIPT, host_tree(), tmp_path_factory.mktemp("base")]
+    command = [host_python(), SCRIPT, host_tree(), tmp_path_factory.mktemp("base")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tmp_path_factory.mktemp("elsewhere")
     )

@@ -1,10 +1,13 @@
 """The rig itself: what the other host tests stand on."""
 
+from pathlib import Path
+
 import pytest
 import websocket
 
+from tests.rig import PYTHON, RigError
 from tests.rig.client import Client, PromptRefusedError
-from tests.rig.host import ComfyServer
+from tests.rig.host import ANOTHER_HOST, ComfyServer, host_python, host_tree
 from tests.rig.page import ComfyPage
 
 EMPTY = {"class_type": "EmptyImage", "inputs": {"width": 48, "height": 32, "batch_size": 2, "color": 0x204060}}
@@ -85,3 +88,15 @@ def test_the_page_names_a_missing_node(page: ComfyPage):
         {"version": 0.4, "nodes": [{"id": 1, "type": "NoSuchNode", "pos": [0, 0], "size": [99, 99]}], "links": []}
     )
     assert page.missing_nodes() == ["NoSuchNode"]
+
+
+def test_another_comfyui_is_run_by_its_own_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(ANOTHER_HOST, str(tmp_path))
+    with pytest.raises(RigError, match=r"DUET_COMFYUI: expected a folder of ComfyUI with its main\.py, got /"):
+        host_tree()
+    (tmp_path / "main.py").touch()
+    assert (host_tree(), host_python()) == (tmp_path, PYTHON)
+    own = tmp_path / "venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert host_python() == own

@@ -93,10 +93,11 @@ def test_progress_counts_over_the_whole_and_cancelling_stops_it(client: Client):
             told.append((data["value"], data["max"]))
 
     assert client.run(variants(seed=100, count=7), listener=look).succeeded
-    assert told == [(step, 6) for step in range(1, 7)]
+    # Newer hosts leave out some that follow one another closely, but never the first and the last.
+    assert told == sorted(set(told)) and (told[0], told[-1]) == ((1, 6), (6, 6))
 
     def stop(kind: str, data: dict) -> None:
-        if kind == "progress" and data.get("node") == "draw" and data["value"] == 2:
+        if kind == "progress" and data.get("node") == "draw" and data["value"] >= 2:
             client.interrupt()
 
     run = client.run(variants(seed=200, count=600, at_once=2), listener=stop)

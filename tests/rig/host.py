@@ -21,16 +21,24 @@ PROBE = ROOT / "tests" / "host" / "probe_node.py"
 # Another, which tells how far two values lie apart.
 COMPARE = ROOT / "tests" / "host" / "compare_node.py"
 
+# An environment variable: the folder of a ComfyUI that is there already, to try the pack on another release of it.
+ANOTHER_HOST = "DUET_COMFYUI"
+
 _READY_WITHIN_S = 180
 _ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
 _PR_SET_PDEATHSIG = 1
 
 
 def host_tree() -> Path:
-    """The host's own files, copied once from the installed wheel.
+    """The host's own files: those of the ComfyUI that ANOTHER_HOST names, else copied once from the installed wheel.
 
     The wheel's extra_model_paths.yaml names a folder that does not exist and stops the start: the copy lacks it.
     """
+    if another := os.environ.get(ANOTHER_HOST):
+        tree = Path(another).resolve()
+        if not (tree / "main.py").is_file():
+            raise RigError(f"{ANOTHER_HOST}: expected a folder of ComfyUI with its main.py, got {another}")
+        return tree
     tree = CACHE / "host" / HOST.partition("==")[2]
     with exclusive("host"):
         if not tree.is_dir():
@@ -43,6 +51,12 @@ def host_tree() -> Path:
             )
             partial.rename(tree)
     return tree
+
+
+def host_python() -> Path:
+    """The Python that runs ``host_tree``: of its own environment, if it has one, else of the rig's."""
+    own = (host_tree() / name / "bin" / "python" for name in (".venv", "venv"))
+    return next((python for python in own if os.environ.get(ANOTHER_HOST) and python.exists()), PYTHON)
 
 
 def newest_frontend(version: str = "1.58.1") -> Path:
@@ -167,7 +181,7 @@ class ComfyServer:
             options["--front-end-root"] = str(self._front_end_root)
         flags = ["--disable-auto-launch", "--disable-api-nodes", *([] if has_gpu() else ["--cpu"]), *self._arguments]
         pairs = [part for pair in options.items() for part in pair]
-        return [str(PYTHON), str(host_tree() / "main.py"), *pairs, *flags]
+        return [str(host_python()), str(host_tree() / "main.py"), *pairs, *flags]
 
     def _wait_until_ready(self) -> None:
         assert self._process is not None
