@@ -22,7 +22,7 @@ from ..model_cache import ModelCache
 from ..private_views import private_view, skeleton
 from ..residency import is_out_of_memory
 from ..vision.image_encoders import ImageEncoder, open_image_encoder
-from .lora_files import UNETS
+from .lora_families import UNETS
 
 MOST_SCALE = 3.0
 _UNET, _FLUX = "UNet2DConditionModel", "FluxTransformer2DModel"

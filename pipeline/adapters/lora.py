@@ -20,7 +20,8 @@ from ..files.weights import key_of, read_tensors
 from ..model_cache import ModelCache
 from ..private_views import skeleton
 from ..residency import is_out_of_memory
-from .lora_files import Layer, MadeFor, layers_of, made_for, refuse_other_methods, stand_ins
+from .lora_families import MadeFor, made_for
+from .lora_files import FLAT, Layer, layers_of, refuse_other_methods, stand_ins
 from .weight_changes import DORA, WeightChange, lengths_by_row, matrix
 
 MOST_STRENGTH = 20.0
@@ -178,6 +179,9 @@ def _targets(
         modules = skeletons[one.component]
         # CLIP's layers are found with or without this name before them, by the version of transformers.
         names = (one.path, one.path.removeprefix("text_model."), f"text_model.{one.path}")
+        if one.path.startswith(FLAT):
+            flat = one.path.removeprefix(FLAT)
+            names = tuple(name for name in modules if name.replace(".", "_") == flat)
         name = next((name for name in names if isinstance(modules.get(name), nn.Linear | nn.Conv2d)), None)
         if name is None:
             missing.append(f"{one.component}.{one.path}")

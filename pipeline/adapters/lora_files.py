@@ -1,4 +1,4 @@
-"""What a LoRA file holds: for which family it was made, and its layers by the names of diffusers' modules."""
+"""What a LoRA file holds: its layers by the names of diffusers' modules."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,16 +14,6 @@ from .weight_changes import DORA, Parts, matrix, rank_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_UNET, _FLUX, _FLUX2, _SD3 = (
-    "UNet2DConditionModel",
-    "FluxTransformer2DModel",
-    "Flux2Transformer2DModel",
-    "SD3Transformer2DModel",
-)
-_IN_ONE_ROW = frozenset(
-    {"HunyuanDiT2DModel", "PixArtTransformer2DModel", "SanaTransformer2DModel", "Transformer2DModel"}
-)
-UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 # What is stored by methods that change a weight in other ways than ``weight_changes`` knows.
 _OTHER_METHODS = {"oft_": "OFT", "lora_controlnet": "Control-LoRA"}
 # Changes of norms, biases and whole weights, which some files hold beside their factors.
@@ -33,7 +23,7 @@ _OTHER_PARTS = re.compile(
     r"(?P<stem>.+?)\.(?P<part>hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|lora_mid|dora_scale|lora_magnitude_vector)"
     r"(\.default)?(\.weight)?"
 )
-_DOWN = (
+DOWN = (
     ".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight",
     ".lora_linear_layer.down.weight",
 )  # fmt: skip
@@ -41,23 +31,16 @@ _UP = (
     ".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", "_lora.up.weight",
     ".lora_linear_layer.up.weight",
 )  # fmt: skip
+# Before a module's name in diffusers, its dots made underscores: what SimpleTuner writes of LyCORIS, for any family.
+FLAT = "lycoris_"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-
-
-@dataclass(frozen=True)
-class MadeFor:
-    """name: of the family; denoisers: classes it may be of; width: of the words its cross-attention hears, if told."""
-
-    name: str
-    denoisers: frozenset[str]
-    width: int | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
     """What a file adds to one layer: ``scale`` times what ``weight_changes`` makes of its parts.
 
-    component, path: where the module is, as diffusers and transformers name it.
+    component, path: where the module is, as diffusers and transformers name it; or FLAT and that, without dots.
     """
 
     component: str
@@ -71,53 +54,6 @@ def refuse_other_methods(name: str, keys: Iterable[str]) -> None:
         for mark, method in _OTHER_METHODS.items():
             if mark in key:
                 raise CheckpointError(f"{name}: expected a LoRA, LoHa, LoKr or DoRA, found {method} ({key})")
-
-
-def made_for(shapes: Shapes) -> MadeFor | None:
-    """Told by names, and by widths where the names are those of several families; None where neither tells."""
-    shapes = {name: tuple(part.shape) for name, part in gathered(stand_ins(shapes))[0].items()}
-    names = [key.replace(".", "_") for key in shapes]
-
-    def has(*parts: str) -> bool:
-        return any(part in name for name in names for part in parts)
-
-    if has("noise_refiner", "context_refiner"):
-        return MadeFor("Z-Image", frozenset({"ZImageTransformer2DModel"}))
-    if has("down_blocks_", "up_blocks_", "mid_block_", "input_blocks_", "output_blocks_", "middle_block_"):
-        width = next((shape[1] for key, shape in shapes.items() if _hears_words(key, shape)), None)
-        return MadeFor(UNETS.get(width or 0, "Stable Diffusion"), frozenset({_UNET}), width)
-    if has("img_mlp_net", "txt_mlp_net", "img_mod_1"):
-        return MadeFor("Qwen-Image", frozenset({"QwenImageTransformer2DModel"}))
-    if has("joint_blocks_"):
-        return MadeFor("Stable Diffusion 3", frozenset({_SD3}))
-    if has("stream_modulation", "to_qkv_mlp_proj", "ff_linear_in"):
-        return MadeFor("FLUX.2", frozenset({_FLUX2}))
-    if has("double_blocks_", "single_blocks_"):
-        return _flux_by_width(shapes)
-    if has("single_transformer_blocks_"):
-        if has("proj_mlp", "norm1_linear", "ff_net"):
-            return MadeFor("FLUX.1", frozenset({_FLUX}))
-        return MadeFor("FLUX", frozenset({_FLUX, _FLUX2}))
-    if has("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-        joint = frozenset({_FLUX, _FLUX2, _SD3, "QwenImageTransformer2DModel"})
-        return MadeFor("FLUX, Qwen-Image or Stable Diffusion 3", joint)
-    if has("blocks_0_attn2"):
-        return MadeFor("Sana, PixArt or HunyuanDiT", _IN_ONE_ROW)
-    return None
-
-
-def _hears_words(key: str, shape: tuple[int, ...]) -> bool:
-    return bool(re.search(r"attn2[._](processor[._])?to_[kv]", key)) and key.endswith(_DOWN) and len(shape) > 1
-
-
-def _flux_by_width(shapes: Shapes) -> MadeFor:
-    """The gated layers of FLUX.2 are 6 and 9 times as wide as what enters them, where FLUX.1's are 4 and 7 times."""
-    for key, shape in shapes.items():
-        if re.search(r"(img_mlp[._]0|linear1)\.", key) and key.endswith(_DOWN):
-            up = shapes.get(key.replace("lora_down", "lora_up").replace("lora_A", "lora_B"), shape)
-            gated = up[0] in (6 * shape[1], 9 * shape[1])
-            return MadeFor("FLUX.2", frozenset({_FLUX2})) if gated else MadeFor("FLUX.1", frozenset({_FLUX}))
-    return MadeFor("FLUX", frozenset({_FLUX, _FLUX2}))
 
 
 def stand_ins(shapes: Shapes) -> dict[str, Tensor]:
@@ -150,6 +86,8 @@ def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[_Ot
     """
     kept, parts, left = {}, {}, []
     for name, tensor in tensors.items():
+        if name.startswith(FLAT):  # PEFT's names for the factors are those that converters leave as they are
+            name = name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
         match = _OTHER_PARTS.fullmatch(name)
         if name.endswith(_NO_FACTORS):
             left.append(name)
@@ -161,11 +99,11 @@ def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[_Ot
             parts.setdefault(match["stem"], {})[match["part"]] = tensor
     others = []
     for stem, found in parts.items():
-        dotted = "." in stem
+        dotted = "." in stem or stem.startswith(FLAT)
         names = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight") if dotted else (
             f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
         )  # fmt: skip
-        for down, up in zip(_DOWN, _UP, strict=True):
+        for down, up in zip(DOWN, _UP, strict=True):
             if stem + down in kept and stem + up in kept:
                 names = stem + down, stem + up
                 found |= {"lora_down": kept[names[0]], "lora_up": kept[names[1]]}
@@ -251,7 +189,7 @@ def _with_alphas_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = dict(tensors)
     for key in [key for key in tensors if key.endswith(".alpha")]:
         stem = key.removesuffix(".alpha")
-        for down, up in zip(_DOWN, _UP, strict=True):
+        for down, up in zip(DOWN, _UP, strict=True):
             if stem + down in found and stem + up in found:
                 rank = found[stem + down].shape[0]
                 scale = tensors[key].float().reshape(-1)[0].item() / rank

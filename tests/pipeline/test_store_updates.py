@@ -57,6 +57,8 @@ def test_another_release_of_a_library_is_another_key(store: EmbeddingStore, monk
 
 # Of the modules that an encoder imports, those that decide no number: they find, check, name and keep.
 NO_NUMBERS = {
+    "adapters/lora_families.py",
+    "files/pixart_names.py",  # of a denoiser alone
     "families.py",  # what it says of a family is part of each key
     "family.py",
     "files/components.py", "files/content.py", "files/gguf_files.py", "files/hashing.py", "files/libraries.py",

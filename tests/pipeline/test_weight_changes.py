@@ -199,6 +199,34 @@ def test_layers_with_dots_in_their_names_are_found(
     assert torch.equal(by_kohya, by_dots)
 
 
+@pytest.mark.parametrize("form", [lora, lokr_of_products])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux_dev", "qwen_image", "sana", "pixart_sigma"])
+def test_simpletuners_names_are_those_of_any_family(
+    warm: ModelCache, tmp_path: Path, name: str, form: Callable[..., tuple[Parts, Tensor]]
+):
+    model = open_checkpoint(save_family(name, tmp_path / name))
+    denoiser = "unet" if model.has("unet") else "transformer"
+    source = torch.Generator().manual_seed(0)
+    dotted, flat = {}, {}
+    for path, module in model.build(denoiser).named_modules():
+        if path.endswith(("to_q", "to_out.0")) and isinstance(module, torch.nn.Linear):
+            parts, _ = form(module.weight.shape, lambda *shape: torch.randn(shape, generator=source))
+            stem = f"lycoris_{path.replace('.', '_')}"
+            flat |= {f"{stem}.{part}": value for part, value in parts.items()} | {f"{stem}.alpha": torch.tensor(ALPHA)}
+            for part, value in parts.items():
+                part = part.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+                scale = ALPHA / RANK if part in ("lora_B.weight", "lokr_w2_a") else 1.0
+                dotted[f"{denoiser}.{path}.{part}"] = scale * value
+    drawings = []
+    for kind, tensors in (("flat", flat), ("dotted", dotted)):
+        save_file({each: tensor.contiguous() for each, tensor in tensors.items()}, tmp_path / f"{kind}.safetensors")
+        adapter = open_lora(model, tmp_path / f"{kind}.safetensors", 0.8)
+        assert adapter.notices == ()
+        drawings.append(drawn(warm, model.with_adapter(adapter)))
+    assert torch.allclose(*drawings, atol=1e-4)
+    assert not torch.allclose(drawings[0], drawn(warm, model), atol=1e-3)
+
+
 def test_flux_with_kohyas_names_takes_what_is_in_one_piece(warm: ModelCache, tmp_path: Path):
     flux = open_checkpoint(save_family("flux_dev", tmp_path / "flux_dev"))
     weight = flux.build("transformer").get_submodule("transformer_blocks.0.attn.to_out.0").weight
