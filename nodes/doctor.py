@@ -3,10 +3,10 @@
 import json
 from dataclasses import replace
 
-from ..pipeline.doctor.examination import Report, examine_folder, examine_memory, examine_workflow
+from ..pipeline.doctor.examination import Report, examine_folder, examine_memory, examine_versions, examine_workflow
 from .choices import check_choice
 from .described import described_once
-from .host import diffusers_folder, diffusers_names, installed_nodes, io, model_cache, model_folders
+from .host import diffusers_folder, diffusers_names, host_version, installed_nodes, io, model_cache, model_folders
 from .language_files import language_roots
 from .stages import stage
 
@@ -60,7 +60,9 @@ class DuetDoctor(io.ComfyNode):
     def execute(cls, workflow: str = "", model_folder: str = NO_MODEL, after: object = None):
         with stage("Doctor", "examination") as done:
             report = _examined(workflow.strip() or json.dumps(cls.hidden.prompt), model_folder)
-        report = replace(report, memory=examine_memory(model_cache().stats()))
+        report = replace(
+            report, versions=examine_versions(host_version()), memory=examine_memory(model_cache().stats())
+        )
         text = report.as_text()
         return io.NodeOutput(text, ui={"text": [text], "duet_doctor": [report.as_json()], **done.ui(summary=text)})
 

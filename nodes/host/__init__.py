@@ -6,7 +6,7 @@
 from comfy_api.latest import ComfyExtension, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from .api import clip_vision_output, installed_nodes, io
+from .api import clip_vision_output, host_version, installed_nodes, io
 from .folders import diffusers_folder, diffusers_names, model_folders, picture_folder
 from .pictures import picture_place, picture_saver, picture_texts
 from .progress import steps, text_progress
@@ -21,6 +21,7 @@ __all__ = [
     "diffusers_folder",
     "diffusers_names",
     "embedding_store",
+    "host_version",
     "installed_nodes",
     "io",
     "model_cache",

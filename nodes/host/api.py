@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import comfyui_version
 import torch
 from comfy.clip_vision import Output as ClipVisionOutput
 from comfy_api.latest import io as host_io
@@ -21,6 +22,11 @@ def clip_vision_output(tokens: torch.Tensor, pooled: torch.Tensor) -> ClipVision
     output["image_embeds"] = pooled
     output["mm_projected"] = None
     return output
+
+
+def host_version() -> str:
+    """Of the ComfyUI that runs, such as 0.3.75."""
+    return comfyui_version.__version__
 
 
 def installed_nodes() -> set[str]:

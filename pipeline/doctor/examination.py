@@ -27,6 +27,8 @@ VERSIONS: dict[str, tuple[str, str]] = {
     "numpy": ("1.26", "2.4.6"),
     "safetensors": ("0.4.5", "0.8.0"),
 }
+# The same of the host, whose version the block knows.
+HOST: tuple[str, str] = ("0.3.75", "0.33.0")
 # What only the page knows: it never reaches the host.
 _PAGE_ONLY = {"Note", "MarkdownNote", "PrimitiveNode", "Reroute"}
 
@@ -122,18 +124,21 @@ def examine_folder(folder: Path) -> Report:
     return Report(tuple(findings), versions=examine_versions())
 
 
-def examine_versions() -> tuple[Version, ...]:
-    found = []
+def examine_versions(host: str | None = None) -> tuple[Version, ...]:
+    """host: the version of the ComfyUI that asks."""
+    found = [] if host is None else [_judged("ComfyUI", host, *HOST)]
     for name, (lowest, tested) in VERSIONS.items():
         try:
-            installed = importlib.metadata.version(name)
+            found.append(_judged(name, importlib.metadata.version(name), lowest, tested))
         except importlib.metadata.PackageNotFoundError:
             found.append(Version(name, None, lowest, tested, "missing"))
-            continue
-        numbers = _numbers(installed)
-        verdict = "too old" if numbers < _numbers(lowest) else "newer" if numbers > _numbers(tested) else "works"
-        found.append(Version(name, installed, lowest, tested, verdict))
     return tuple(found)
+
+
+def _judged(name: str, installed: str, lowest: str, tested: str) -> Version:
+    numbers = _numbers(installed)
+    verdict = "too old" if numbers < _numbers(lowest) else "newer" if numbers > _numbers(tested) else "works"
+    return Version(name, installed, lowest, tested, verdict)
 
 
 def examine_memory(stats: CacheStats) -> tuple[str, ...]:

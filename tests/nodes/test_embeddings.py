@@ -111,6 +111,7 @@ def examined(client: Client, prompt: Prompt, **inputs: Any) -> dict[str, Any]:
 def test_the_doctor_finds_its_own_graph_in_order(client: Client):
     report = examined(client, graph(), after=["draw", 0])
     assert report["healthy"], report
+    assert report["versions"][0]["name"] == "ComfyUI"
     assert report["nodes"] == [] and {version["verdict"] for version in report["versions"]} == {"works"}
     assert any("unet of" in line and "kept" in line for line in report["memory"])
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.doctor.examination import (
+    HOST,
     VERSIONS,
     Report,
     examine_folder,
@@ -255,6 +256,15 @@ def test_the_versions_are_those_that_the_project_asks_for_and_ran_with():
     asked = {needed.name: str(needed.specifier) for needed in map(Requirement, re.findall(r'"(.+?)"', lines[1]))}
     assert {name: f">={lowest}" for name, (lowest, _) in VERSIONS.items()} == asked
     assert {version.name: version.verdict for version in examine_versions()} == dict.fromkeys(VERSIONS, "works")
+
+
+def test_of_the_host_too():
+    asked = re.search(r'^requires-comfyui = ">=(.+)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    assert asked and asked[1] == HOST[0]
+    for installed, verdict in (("0.3.74", "too old"), ("0.3.75", "works"), ("0.18.2", "works"), ("1.0.0", "newer")):
+        host, *others = examine_versions(installed)
+        assert (host.name, host.installed, host.verdict) == ("ComfyUI", installed, verdict)
+        assert tuple(others) == examine_versions()
 
 
 def test_a_version_is_too_old_or_newer(monkeypatch: pytest.MonkeyPatch):
