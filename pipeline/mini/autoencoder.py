@@ -4,17 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
-from transformers import ResNetModel
 
 from ..denoising.panorama import continued, cut
 from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet, counts_of
-from .vision import normalise
 
 DOWNSCALE = 8  # pixels a side of one latent
+DECODER_LAYERS = (3, 3, 2, 2)  # finest first: there are few weights in a layer there, and all that a style is seen by
 LATENT_NOISE = 0.15  # relative; the decoder must forgive what the fusion network gets slightly wrong
 
 
@@ -29,13 +27,27 @@ def new_autoencoder() -> AutoencoderDC:
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
         encoder_layers_per_block=(0, 1, 1, 1),
-        decoder_layers_per_block=(1, 2, 2, 2),
+        decoder_layers_per_block=DECODER_LAYERS,
         encoder_qkv_multiscales=((), (), (), ()),
         decoder_qkv_multiscales=((), (), (), ()),
         downsample_block_type="conv",
         upsample_block_type="interpolate",
         scaling_factor=1.0,
     ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def deepened(vae: AutoencoderDC) -> AutoencoderDC:
+    """The same autoencoder with the decoder's DECODER_LAYERS; a further one adds nothing until it has learned."""
+    if tuple(vae.config["decoder_layers_per_block"]) == DECODER_LAYERS:
+        return vae
+    deeper = AutoencoderDC.from_config({**vae.config, "decoder_layers_per_block": DECODER_LAYERS})
+    assert isinstance(deeper, AutoencoderDC)
+    had, state = vae.state_dict(), deeper.state_dict()
+    for name in state.keys() - had.keys():
+        if name.endswith(("norm.weight", "norm.bias")):  # the last that a residual layer does
+            state[name] = torch.zeros_like(state[name])
+    deeper.load_state_dict(state | had)
+    return deeper.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def to_model_range(pixels: Tensor) -> Tensor:
@@ -77,25 +89,6 @@ def _varied(pictures: Tensor, pick: np.random.Generator) -> Tensor:
     if pictures.shape[-1] != pictures.shape[-2]:
         pictures = pictures.roll(int(pick.integers(pictures.shape[-1])), dims=-1)
     return pictures.flip(-1) if pick.random() < 0.5 else pictures
-
-
-def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
-    """Distance of two pictures (B, 3, H, W) in 0..1 in each layer of the eye (arXiv 1603.08155): it sees texture.
-
-    Features are made unit length at each place before they are compared, as in LPIPS (arXiv 1801.03924).
-    """
-    left, right = (eye(normalise(side), output_hidden_states=True).hidden_states for side in (made, wanted))
-    apart = [
-        (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean()
-        for a, b in zip(left, right, strict=True)
-    ]
-    return torch.stack(apart).mean()
-
-
-def over_colour(pictures: Tensor, colour: Tensor) -> Tensor:
-    """(B, 4, H, W) in -1..1, premultiplied -> RGB in 0..1 over ``colour``."""
-    values = (pictures + 1) / 2
-    return values[:, :3] + (1 - values[:, 3:]) * colour
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Teaching generator and decoder together, in pixels: what one step draws is to look like a drawing.
 
 A flow's first step alone gives the mean of all that may be meant, and latents say nothing of which errors are seen. So
-one step and the decoder learn from the picture they make: its pixels and edges, and its features in the eye (arXiv
-1603.08155). An adversary of patches (arXiv 1611.07004) was tried: it made flat colours mottled, and was dropped.
+one step and the decoder learn from the picture they make: its pixels and edges, and what two networks see of it. An
+adversary of patches (arXiv 1611.07004) was tried: it made flat colours mottled, and was dropped. So was the distance of
+the sorted strengths of all edges, which was to make them crisp and changed nothing.
 Further steps learn to walk straight to what one step says (arXiv 2410.12557): on the way to the true picture they see
 details of it that no walk of their own has.
 """
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 from transformers import ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
-from .autoencoder import LATENT_NOISE, feature_loss, over_colour, picture_loss, to_model_range
-from .fusion_stage import Tables
+from .autoencoder import DOWNSCALE, LATENT_NOISE, picture_loss, to_model_range
+from .finish_losses import ImageNetLoss, feature_loss, over_colour
+from .fusion_stage import SAID_WEIGHT, Tables
 from .generator_stage import START_NOISE, Starts, velocity_at
 from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet
 
-FEATURE_WEIGHT = 2.0
+FEATURE_WEIGHT, SUN_WEIGHT = 2.0, 2.0
+WHITE_SHARE = 0.5  # how often the background is white, as it is where a picture is judged
+IMAGENET_COUNT = 12  # of what is drawn in one step, since that network is as slow as all the rest together
 
 
 def train_finish(
@@ -35,19 +39,21 @@ def train_finish(
     vae: AutoencoderDC,
     plan: Plan,
 ) -> tuple[UNet2DConditionModel, AutoencoderDC]:
-    """Of a batch two thirds are drawn in one step, and half of those also from somewhere on the way to where it led.
+    """Of a batch four fifths are drawn in one step, and some of them also from somewhere on the way to where it led.
     The rest is decoded from the encoder's latents, a little noisy, so that the decoder serves them too.
     """
     torch.manual_seed(0)
-    starts = Starts(pictures, tables, network)
+    starts, imagenet = Starts(pictures, tables, network), ImageNetLoss()
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     nn.Module.to(eye, device())
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = seeded(step)
-        drawn, tokens, mean, wanted = starts.draw(step, plan.batch, generator)
-        drawn_at_once, walked = len(mean) * 2 // 3, len(mean) // 3
+        drawn, turned, *parts = starts.draw(step, plan.batch, generator)
+        order = torch.randperm(len(drawn.rows), generator=generator, device=device())  # domains come one after another
+        tokens, mean, wanted = (part[order] for part in parts)
+        drawn_at_once, walked = len(mean) * 4 // 5, max(1, len(mean) // 6)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=mean.device)
@@ -64,14 +70,30 @@ def train_finish(
         known = wanted[drawn_at_once:] + LATENT_NOISE * random(*wanted[drawn_at_once:].shape)
         latents = torch.cat([one_step, known]) / tables.scaling_factor
         made = vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
-        real = pictures.each(drawn.rows, to_model_range)
+        real = pictures.each(drawn.rows[order.cpu().numpy()], to_model_range).roll(DOWNSCALE * turned, dims=-1)
         colour = torch.rand(len(made), 3, 1, 1, generator=generator, device=mean.device)
-        return {
+        white = torch.rand(len(made), 1, 1, 1, generator=generator, device=mean.device) < WHITE_SHARE
+        ours, theirs = (over_colour(side, colour.masked_fill(white, 1.0)) for side in (made, real))
+        losses = {
             "flow": flow,
             "latents": 0.1 * F.mse_loss(one_step, wanted[:drawn_at_once]),
             "picture": picture_loss(made, real),
-            "features": FEATURE_WEIGHT * feature_loss(eye, over_colour(made, colour), over_colour(real, colour)),
+            "features": FEATURE_WEIGHT * feature_loss(eye, ours, theirs),
+            "imagenet": imagenet(ours[:IMAGENET_COUNT], theirs[:IMAGENET_COUNT]),
+            "sun": mean.new_zeros(()),
         }
+        if made.shape[-1] != made.shape[-2]:
+            losses["sun"] = SUN_WEIGHT * picture_loss(
+                *(_where_the_sun_is(side.roll(-DOWNSCALE * turned, dims=-1)) for side in (made, real))
+            )
+        return losses
 
     run_stage("finish", work, plan, nn.ModuleDict({"unet": unet, "decoder": vae.decoder}), loss_at)
     return unet, vae
+
+
+def _where_the_sun_is(panoramas: Tensor) -> Tensor:
+    """The part (B, 4, h, w) of (B, 4, H, W) where it may stand."""
+    (left, top, right, bottom), _ = SAID_WEIGHT[1][0]
+    height, width = panoramas.shape[-2:]
+    return panoramas[..., round(top * height) : round(bottom * height), round(left * width) : round(right * width)]

@@ -5,6 +5,7 @@ sigma (mean + s noise), and the network learns the velocity (mean + s noise) - x
 Euler steps do.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,10 @@ TRAIN_TIMESTEPS = 1000
 # Up to this much blur, each example its own, where the fusion network was taught with half of it: on unseen pairs it
 # errs more, and this must be mended too. Much blur for all (0.15) made every style look like the most frequent one.
 BLUR = 0.1
-WIDE_EVERY = 5  # steps, of which one sees panoramas, whose latents are of another shape
+# Of drawings by words and a picture, these are begun between two styles, up to half of the way to the other: where a
+# pair was never seen together, the fusion network's first picture lies between designs too.
+BETWEEN_SHARE, BETWEEN = 0.35, 0.5
+WIDE_EVERY = 3  # steps, of which one sees panoramas, whose latents are of another shape
 
 
 def new_generator(grid: int, channels: int) -> UNet2DConditionModel:
@@ -53,17 +57,35 @@ class Starts:
         nn.Module.to(network, device())
 
     @torch.no_grad()
-    def draw(self, step: int, size: int, generator: torch.Generator) -> tuple[Batch, Tensor, Tensor, Tensor]:
-        """The batch, its tokens (B, N, C), the same as pictures and the latents that are wanted, both (B, C, h, w).
+    def draw(self, step: int, size: int, generator: torch.Generator) -> tuple[Batch, int, Tensor, Tensor, Tensor]:
+        """The batch, its turn, its tokens (B, N, C), these as pictures and the latents wanted, both (B, C, h, w).
 
-        One batch in WIDE_EVERY is of panoramas, half as many, since they are as large as two.
+        One batch in WIDE_EVERY is of panoramas, half as many, since they are as large as two. They are turned by some
+        columns, so that the ends, of which the fusion network does not know that they meet, meet within the picture.
         """
         wide = step % WIDE_EVERY == 0
         drawn = self._examples.draw(step, size // 2 if wide else size, (0, 1, 0) if wide else (0.85, 0, 0.15))
         wanted = self._tables.latents_of(drawn.rows)
         blur = BLUR * torch.rand(len(drawn.rows), 1, generator=generator, device=device())
         tokens = fused(self._network, drawn, blur, generator).float()
-        return drawn, tokens, on_grid(tokens, wanted.shape[-1]), wanted
+        if not wide:
+            tokens = tokens.lerp(*self._another(drawn, round(0.85 * size), blur, generator))
+        mean, turned = on_grid(tokens, wanted.shape[-1]), 0
+        if wide:
+            turned = int(torch.randint(wanted.shape[-1], (1,), generator=generator, device=device()))
+        return drawn, turned, tokens, mean.roll(turned, dims=-1), wanted.roll(turned, dims=-1)
+
+    def _another(self, drawn: Batch, drawings: int, blur: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The tokens of each in the style of the one before, and how far (B, 1, 1) to go there.
+
+        drawings: how many of the batch these are, which come first.
+        """
+        image = torch.cat([drawn.image[:drawings].roll(1, 0), drawn.image[drawings:]])
+        tokens = fused(self._network, replace(drawn, image=image), blur, generator).float()
+        lots = torch.rand(2, len(tokens), 1, 1, generator=generator, device=device())
+        far = BETWEEN * lots[0] * (lots[1] < BETWEEN_SHARE) * (drawn.has_text & drawn.has_image)[:, :, None]
+        far[drawings:] = 0
+        return tokens, far
 
 
 def train_generator(
@@ -79,7 +101,7 @@ def train_generator(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = seeded(step)
-        _, tokens, mean, wanted = starts.draw(step, plan.batch, generator)
+        _, _, tokens, mean, wanted = starts.draw(step, plan.batch, generator)
         sigma = torch.rand(len(mean), generator=generator, device=mean.device)
         first = torch.rand(len(mean), generator=generator, device=mean.device) < FIRST_STEP_SHARE
         sigma = sigma.masked_fill(first, 1.0)

@@ -21,7 +21,7 @@ from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UNet2DCond
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
-from .autoencoder import encode_pictures, new_autoencoder, train_autoencoder
+from .autoencoder import deepened, encode_pictures, new_autoencoder, train_autoencoder
 from .finish_stage import train_finish
 from .fusion_stage import Tables, new_fusion, train_fusion
 from .generator_stage import new_generator, train_generator
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     vae = part(
         "autoencoder", "vae", AutoencoderDC, new_autoencoder,
-        lambda begun, plan: train_autoencoder(work, pictures, begun, plan),
+        lambda begun, plan: train_autoencoder(work, pictures, deepened(begun), plan),
     )  # fmt: skip
     if "fusion" not in wanted:
         return
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
     if "finish" in wanted and (chosen.start is None or "finish" in {*chosen.again, *chosen.anew}):
-        plan = plan_of("finish")
+        plan, vae = plan_of("finish"), deepened(vae).to(device())
         unet, vae = _finished(
             work, unet, vae, lambda: train_finish(work, pictures, tables, fusion, image_encoder, unet, vae, plan)
         )

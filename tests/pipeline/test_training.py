@@ -8,12 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.mini.autoencoder import encode_pictures, new_autoencoder, train_autoencoder
+from pipeline.mini.autoencoder import (
+    DECODER_LAYERS,
+    deepened,
+    encode_pictures,
+    new_autoencoder,
+    train_autoencoder,
+)
 from pipeline.mini.catalogue import STYLES, Concept, HoldOut
 from pipeline.mini.curves import draw_curves, read_curves
+from pipeline.mini.finish_losses import ImageNetLoss
 from pipeline.mini.finish_stage import train_finish
 from pipeline.mini.fusion_stage import (
     WAYS,
@@ -240,6 +248,29 @@ def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tabl
         assert all(math.isfinite(float(value)) for row in rows for value in row.split(",")), (stage, head)
     assert bool(unet.conv_out.weight.any())
     assert torch.isfinite(fusion(torch.randn(1, 512), None)).all()
+
+
+def test_a_decoder_made_deeper_draws_what_it_drew():
+    torch.manual_seed(0)
+    shallow = AutoencoderDC.from_config({**new_autoencoder().config, "decoder_layers_per_block": (1, 2, 2, 2)})
+    assert isinstance(shallow, AutoencoderDC)
+    deeper = deepened(shallow)
+    assert tuple(deeper.config["decoder_layers_per_block"]) == DECODER_LAYERS
+    latents = torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(deeper.decode(latents).sample, shallow.decode(latents).sample, atol=1e-5)
+    assert deepened(deeper) is deeper
+
+
+def test_the_imagenet_network_sees_what_is_alike():
+    loss = ImageNetLoss()
+    source = torch.Generator().manual_seed(0)
+    real = torch.nn.functional.interpolate(torch.rand(2, 3, 8, 8, generator=source), (64, 64), mode="bilinear")
+    made = (real + 0.05 * torch.randn(real.shape, generator=source)).requires_grad_()
+    near = loss(made, real)
+    near.backward()
+    assert float(loss(real, real)) < 1e-6 < float(near) < float(loss(real.roll(1, 0), real))
+    assert made.grad is not None and bool(made.grad.any())
 
 
 def test_an_encoder_made_longer_says_of_short_texts_what_it_said(shipped: Checkpoint, warm: ModelCache):

