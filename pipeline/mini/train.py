@@ -156,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
     if "finish" in wanted and (chosen.start is None or "finish" in {*chosen.again, *chosen.anew}):
-        plan, vae = plan_of("finish"), nn.Module.to(deepened(vae), device())
+        plan, vae = plan_of("finish"), deepened(vae)
+        nn.Module.to(vae, device())
         unet, vae = _finished(
             work, unet, vae, lambda: train_finish(work, pictures, tables, fusion, image_encoder, unet, vae, plan)
         )
