@@ -23,11 +23,13 @@ _CHROMIUM_OPTIONS = (
     "--no-first-run",
 )
 # What the host's pages say on a fresh 0.3.75 without the pack: files not yet written, a jobs API that it lacks, and
-# its own code asking the internet about nodes and models, which --disable-api-nodes forbids.
+# its own code asking the internet about nodes and models, which --disable-api-nodes forbids. The last is what 0.33.0
+# says of itself, from its settings.
 _HOST_NOISE = re.compile(
     r"status of 404 .*/(user\.css|favicon\.ico|api/userdata\S*|api/jobs\S*)\)$"
     r"|Content Security Policy.*/assets/\S+\)$"
     r"|Jobs API|JobsApiError|reading 'id'\)\s+at onChange"
+    r"|^ComfyApp graph accessed before initialization \(\S+/assets/settingStore-\S+\)$"
 )
 # Listens on the page's own socket from before the prompt is queued, so that no end is missed.
 _RUN = """
