@@ -173,15 +173,15 @@ def _targets(
     found: dict[str, dict[str, str]] = {}
     missing: list[str] = []
     skeletons: dict[str, dict[str, nn.Module]] = {}
+    dotted: dict[tuple[str, str], str] = {}
     for one in layers:
         if one.component not in skeletons:
             skeletons[one.component] = dict(skeleton(checkpoint.components[one.component]).named_modules())
+            dotted |= {(one.component, FLAT + name.replace(".", "_")): name for name in skeletons[one.component]}
         modules = skeletons[one.component]
+        place = dotted.get((one.component, one.path), one.path)
         # CLIP's layers are found with or without this name before them, by the version of transformers.
-        names = (one.path, one.path.removeprefix("text_model."), f"text_model.{one.path}")
-        if one.path.startswith(FLAT):
-            flat = one.path.removeprefix(FLAT)
-            names = tuple(name for name in modules if name.replace(".", "_") == flat)
+        names = (place, place.removeprefix("text_model."), f"text_model.{place}")
         name = next((name for name in names if isinstance(modules.get(name), nn.Linear | nn.Conv2d)), None)
         if name is None:
             missing.append(f"{one.component}.{one.path}")
