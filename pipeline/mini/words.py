@@ -119,7 +119,10 @@ def build_tokenizer(captions: Captions, vocabulary: int = 12_000) -> PreTrainedT
     """WordPiece over lower-cased text in which every Chinese character stands alone, as BERT reads it."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.BertNormalizer(lowercase=True)])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # Digit by digit, or a number whose pieces the captions never had is unknown as a whole, and which one is lost.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
+    )
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocabulary,
         limit_alphabet=8_000,
