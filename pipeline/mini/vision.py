@@ -91,7 +91,7 @@ def train_image_encoder(work: Path, pictures: TrainingSet, encoder: ResNetModel,
         )
         facts = scene_facts[torch.from_numpy(np.concatenate(chosen[1:]) - pictures.starts[1])]
         return {
-            "style": 0.5 * F.cross_entropy(parts["style"](drawn), style),
+            "style": F.cross_entropy(parts["style"](drawn), style),
             "concept": 0.2 * F.cross_entropy(parts["concept"](drawn), concept),
             "facts": 0.2 * facts_loss(parts["facts"](scenes), facts),
             "thumbnail": 20 * F.mse_loss(parts["thumbnail"](pooled).float(), torch.cat(small)),
