@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetModel
 
 from .loop import device
-from .vision import normalise
+from .pictures import PictureSet
+from .vision import normalise, over_background
 
 IMAGENET_SIZE = 160  # pixels a side that the ImageNet network sees: between ours and those that it was taught with
 IMAGENET_BLOCKS = (2, 5, 9, 13, 18)  # the last of each size and width
+SHARPNESS = 0.03  # the cosine that makes one drawing e times as likely as another
 
 
 def over_colour(pictures: Tensor, colour: Tensor) -> Tensor:
@@ -38,8 +41,8 @@ def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
     return layers_apart(left, right)
 
 
-class ImageNetLoss:
-    """In EfficientNet-Lite1 (arXiv 1905.11946), which has seen photographs and knows what edges and surfaces are.
+class ImageNetEye:
+    """EfficientNet-Lite1 (arXiv 1905.11946), which has seen photographs and knows what edges and surfaces are.
 
     A sibling of the network that judges in ``mini_quality``, Lite0, with weights of its own: the judge is never asked.
     """
@@ -55,13 +58,8 @@ class ImageNetLoss:
         nn.Module.to(network, device())
         self._network = network
 
-    def __call__(self, made: Tensor, wanted: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) in 0..1."""
-        with torch.no_grad():
-            right = self._layers(wanted)
-        return layers_apart(self._layers(made), right)
-
-    def _layers(self, rgb: Tensor) -> list[Tensor]:
+    def layers(self, rgb: Tensor) -> list[Tensor]:
+        """RGB (B, 3, H, W) in 0..1 -> what it sees (B, C, h, w), from edges to things."""
         network, scale = self._network, IMAGENET_SIZE / rgb.shape[-2]
         large = F.interpolate(rgb, scale_factor=scale, mode="bilinear")
         seen = ((255 * large - 127) / 128).contiguous(memory_format=torch.channels_last)
@@ -71,3 +69,37 @@ class ImageNetLoss:
             if number in IMAGENET_BLOCKS:
                 found.append(seen)
         return [*found, network._swish(network._bn1(network._conv_head(seen)))]
+
+    @staticmethod
+    def gist(layers: Sequence[Tensor]) -> Tensor:
+        """Unit vectors (B, 1280), of all places together."""
+        return F.normalize(layers[-1].float().mean(dim=(2, 3)), dim=-1)
+
+
+class LineUp:
+    """Every drawing that is learned from, side by side: what is drawn is to be told from the others.
+
+    From other concepts in its style, and from its concept in other styles; those are so alike that distances alone let
+    a mixture of two designs pass. The loss is InfoNCE (arXiv 1807.03748). Held-out drawings do not stand here.
+
+    rows: of the drawings that do, in rising order.
+    """
+
+    @torch.no_grad()
+    def __init__(self, eye: ImageNetEye, pictures: PictureSet) -> None:
+        self.rows = pictures.training_rows()
+        parts = [over_background(pictures.pixels[rows]) for rows in np.array_split(self.rows, len(self.rows) // 64 + 1)]
+        self._gists = torch.cat([eye.gist(eye.layers(part.to(device()))) for part in parts])
+        self._labels = [
+            torch.from_numpy(labels[self.rows]).to(device()) for labels in (pictures.style, pictures.concept)
+        ]
+
+    def __call__(self, gists: Tensor, rows: np.ndarray) -> Tensor:
+        """gists: (B, 1280) of what was drawn for each of ``rows`` (B,), drawings over white."""
+        right = torch.from_numpy(np.searchsorted(self.rows, rows)).to(gists.device)
+        likeness = gists @ self._gists.T / SHARPNESS
+        among = [
+            F.cross_entropy(likeness.masked_fill(labels != labels[right][:, None], -torch.inf), right)
+            for labels in self._labels
+        ]
+        return torch.stack(among).sum()

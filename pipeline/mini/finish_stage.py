@@ -1,9 +1,10 @@
 """Teaching generator and decoder together, in pixels: what one step draws is to look like a drawing.
 
 A flow's first step alone gives the mean of all that may be meant, and latents say nothing of which errors are seen. So
-one step and the decoder learn from the picture they make: its pixels and edges, and what two networks see of it. An
-adversary of patches (arXiv 1611.07004) was tried: it made flat colours mottled, and was dropped. So was the distance of
-the sorted strengths of all edges, which was to make them crisp and changed nothing.
+one step and the decoder learn from the picture they make: its pixels and edges, what two networks see of it, and
+whether one of them can tell it from every other drawing. An adversary of patches (arXiv 1611.07004) was tried: it made
+flat colours mottled, and was dropped. So was the distance of the sorted strengths of all edges, which was to make them
+crisp and changed nothing.
 Further steps learn to walk straight to what one step says (arXiv 2410.12557): on the way to the true picture they see
 details of it that no walk of their own has.
 """
@@ -18,13 +19,13 @@ from transformers import ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import DOWNSCALE, LATENT_NOISE, picture_loss, to_model_range
-from .finish_losses import ImageNetLoss, feature_loss, over_colour
+from .finish_losses import ImageNetEye, LineUp, feature_loss, layers_apart, over_colour
 from .fusion_stage import SAID_WEIGHT, Tables
 from .generator_stage import START_NOISE, Starts, velocity_at
 from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet
 
-FEATURE_WEIGHT, SUN_WEIGHT = 2.0, 2.0
+FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.1
 WHITE_SHARE = 0.5  # how often the background is white, as it is where a picture is judged
 IMAGENET_COUNT = 12  # of what is drawn in one step, since that network is as slow as all the rest together
 
@@ -43,7 +44,8 @@ def train_finish(
     The rest is decoded from the encoder's latents, a little noisy, so that the decoder serves them too.
     """
     torch.manual_seed(0)
-    starts, imagenet = Starts(pictures, tables, network), ImageNetLoss()
+    starts, imagenet = Starts(pictures, tables, network), ImageNetEye()
+    told_apart = LineUp(imagenet, pictures.emoji)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     nn.Module.to(eye, device())
@@ -70,18 +72,25 @@ def train_finish(
         known = wanted[drawn_at_once:] + LATENT_NOISE * random(*wanted[drawn_at_once:].shape)
         latents = torch.cat([one_step, known]) / tables.scaling_factor
         made = vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
-        real = pictures.each(drawn.rows[order.cpu().numpy()], to_model_range).roll(DOWNSCALE * turned, dims=-1)
+        rows = drawn.rows[order.cpu().numpy()]
+        real = pictures.each(rows, to_model_range).roll(DOWNSCALE * turned, dims=-1)
         colour = torch.rand(len(made), 3, 1, 1, generator=generator, device=mean.device)
         white = torch.rand(len(made), 1, 1, 1, generator=generator, device=mean.device) < WHITE_SHARE
+        white[:IMAGENET_COUNT] = True
         ours, theirs = (over_colour(side, colour.masked_fill(white, 1.0)) for side in (made, real))
+        seen = imagenet.layers(ours[:IMAGENET_COUNT])
+        drawings = pictures.domain_of(rows[:IMAGENET_COUNT]) == 0
         losses = {
             "flow": flow,
             "latents": 0.1 * F.mse_loss(one_step, wanted[:drawn_at_once]),
             "picture": picture_loss(made, real),
             "features": FEATURE_WEIGHT * feature_loss(eye, ours, theirs),
-            "imagenet": imagenet(ours[:IMAGENET_COUNT], theirs[:IMAGENET_COUNT]),
+            "imagenet": layers_apart(seen, imagenet.layers(theirs[:IMAGENET_COUNT])),
+            "told": mean.new_zeros(()),
             "sun": mean.new_zeros(()),
         }
+        if drawings.any():
+            losses["told"] = TOLD_WEIGHT * told_apart(imagenet.gist(seen)[drawings], rows[:IMAGENET_COUNT][drawings])
         if made.shape[-1] != made.shape[-2]:
             losses["sun"] = SUN_WEIGHT * picture_loss(
                 *(_where_the_sun_is(side.roll(-DOWNSCALE * turned, dims=-1)) for side in (made, real))
