@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning import FusedConditioning
-from .panorama import continued, cut
+from .panorama import continued, cut, meeting
 
 Shown = tuple[list[Tensor], list[Tensor]]
 
@@ -73,11 +73,11 @@ def _adds_noise(kind: Any) -> bool:
 
 
 def stretched(grid: Tensor, columns: int) -> Tensor:
-    """(B, C, h, w) -> (B, C, h, columns): a mean picture of half a panorama's width has each column twice."""
+    """(B, C, h, w) -> (B, C, h, columns): half a panorama's mean picture, with each column twice, closing."""
     times, rest = divmod(columns, grid.shape[-1])
     if rest or not times:
         raise ValueError(f"expected whole times {grid.shape[-1]} columns, got {columns}")
-    return grid.repeat_interleave(times, dim=-1)
+    return meeting(grid).repeat_interleave(times, dim=-1) if times > 1 else grid
 
 
 def _along(sigmas: Sequence[float], scheduler: Any, device: torch.device) -> tuple[Any, float]:

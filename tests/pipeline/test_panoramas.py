@@ -8,7 +8,7 @@ import torch
 from pipeline.checkpoints import Checkpoint
 from pipeline.conditioning import Pictures
 from pipeline.denoising.latents import decode_latents
-from pipeline.denoising.panorama import continued, cut
+from pipeline.denoising.panorama import continued, cut, meeting
 from pipeline.denoising.unet_sampler import stretched
 from pipeline.fusion import fuse
 from pipeline.generation import generate
@@ -24,9 +24,15 @@ def test_what_is_continued_goes_on_with_the_other_end():
     assert torch.equal(cut(beside.repeat_interleave(8, dim=-1), 8), row.repeat_interleave(8, dim=-1))
 
 
+def test_the_ends_of_a_mean_picture_go_to_one_another():
+    grid = torch.tensor([0.0, 0, 0, 2, 4, 4])
+    assert meeting(grid).tolist() == [1, 0.5, 0, 2, 3.5, 3]
+    assert torch.equal(meeting(torch.ones(2, 3, 8)), torch.ones(2, 3, 8))
+
+
 def test_a_mean_picture_is_stretched_by_whole_times():
     grid = torch.arange(4.0).view(1, 1, 1, 4)
-    assert stretched(grid, 8).flatten().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.equal(stretched(grid, 8), meeting(grid).repeat_interleave(2, dim=-1))
     assert torch.equal(stretched(grid, 4), grid)
     with pytest.raises(ValueError, match="whole times 4 columns, got 6"):
         stretched(grid, 6)
