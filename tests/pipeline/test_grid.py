@@ -95,7 +95,9 @@ def test_each_cell_is_what_the_single_stages_give(warm: ModelCache, shipped: Che
         words = encode_prompt(warm, shipped, cell.prompt)
         condition = fuse(warm, shipped, words, features, strength=cell.strength)
         single = generate(warm, shipped, condition, seed=cell.seed, **SMALL)
-        torch.testing.assert_close(drawn, shown(single)[0], atol=1e-5, rtol=0)
+        # A batch rounds otherwise than a single picture, which at a few edges is more, but less than 8 bits show.
+        apart = (drawn - shown(single)[0]).abs()
+        assert apart.max() < 1 / 255 and (apart > 1e-5).float().mean() < 1e-3
 
 
 def test_prompts_of_other_lengths_are_drawn_apart(warm: ModelCache, stable_diffusion: Checkpoint):

@@ -67,7 +67,7 @@ def test_the_loss_falls_and_an_independent_network_sees_the_likeness_grow(warm: 
         assert found.similarity[1] > found.similarity[0] and found.moved <= 0.5 + 1e-5
         sides = []
         for tokens in (condition, found.conditioning):
-            made = generate(warm, shipped, tokens, seed=1, width=64, height=64)
+            made = generate(warm, shipped, tokens, seed=1, width=128, height=128)  # its own size
             pixels = made.pixels * made.alpha + 1 - made.alpha
             likeness = (
                 torch.cosine_similarity(seen, wanted).item()
