@@ -21,7 +21,7 @@ def cut(values: Tensor, scale: int = 1) -> Tensor:
 
 
 def meeting(mean: Tensor) -> Tensor:
-    """(..., W) -> the same, with ends that meet more nearly. W: 4 at least."""
+    """(..., W), W at least 4 -> the same, with ends that meet more nearly."""
     share = mean.new_zeros(mean.shape[-1])
     for place, far in enumerate(MEETING):
         share[place], share[-1 - place] = -far, far

@@ -35,7 +35,7 @@ SAID_WEIGHT = {
     1: [((0.5, 0.0, 0.5625, 0.5625), 16.0)],
     2: [((0.125, 0.375, 0.4375, 0.625), 4.0), ((0.5625, 0.375, 0.875, 0.625), 4.0)],
 }
-ENDS_WEIGHT = 0.5  # of how much less the ends of a panorama may err alike, or they do not meet
+ENDS_WEIGHT = 0.5  # of the difference of the errors at a panorama's two ends, which meet only where it is small
 
 
 @dataclass(frozen=True)
