@@ -60,8 +60,10 @@ def lend(source: Path, target: Path) -> None:
             shutil.copy(file, target / file.name)
 
 
-def save_llama(folder: Path, *, says: str | None = None, seed: int = 0, template: bool = True, also: str = "") -> Path:
-    """A Llama of some ten thousand parameters with random weights. also: further characters that it reads.
+def save_llama(
+    folder: Path, *, says: str | None = None, seed: int = 0, template: bool = True, also: str = "", layers: int = 2
+) -> Path:
+    """A Llama of some thousand parameters a layer with random weights. also: further characters that it reads.
 
     says: weights of nought, so that this one token is the answer to everything, for ever; END ends it at once.
     """
@@ -76,7 +78,7 @@ def save_llama(folder: Path, *, says: str | None = None, seed: int = 0, template
         vocab_size=len(words),
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=4096,
         bos_token_id=None,
