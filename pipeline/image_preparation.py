@@ -49,9 +49,9 @@ def prepare_image(
 ) -> PreparedImage:
     """Frame (B, C, H, W) pixels into ``size`` x ``size``; C is 1 (grey), 3 or 4 (the last one alpha, joined with mask).
 
-    mask: (B or 1, H, W), 1 where the picture counts, resized if it has another size. Values are expected in 0..1; a
-    picture that leaves that range is rescaled into it as a whole. ``seed`` makes the augmentation repeatable. Raises
-    ValueError on an impossible shape, size, mask or a value that is no number.
+    mask: (B or 1, H, W), 1 where the picture counts, resized if it has another size. Values are expected in 0..1; of a
+    picture that leaves that range, what reaches from its lowest or 0 to its highest or 1 becomes 0..1. ``seed`` makes
+    the augmentation repeatable. Raises ValueError on an impossible shape, size, mask or a value that is no number.
     """
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or 0 in pixels.shape:
         raise ValueError(
@@ -84,9 +84,10 @@ def _joined_mask(pixels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _into_range(rgb: Tensor) -> Tensor:
-    low, high = rgb.amin(dim=(1, 2, 3), keepdim=True), rgb.amax(dim=(1, 2, 3), keepdim=True)
-    outside = (low < 0) | (high > 1)
-    return torch.where(outside, (rgb - low) / (high - low).clamp(min=1e-6), rgb)
+    """Each picture by as much as it leaves 0..1: within not at all, and next to nothing where it errs by rounding."""
+    low = rgb.amin(dim=(1, 2, 3), keepdim=True).clamp(max=0)
+    high = rgb.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    return (rgb - low) / (high - low)
 
 
 def _normalised(pixels: Tensor, how: str) -> Tensor:

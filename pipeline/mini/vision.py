@@ -35,7 +35,7 @@ def new_image_encoder() -> ResNetModel:
 def over_background(pixels: np.ndarray | Tensor, background: Tensor | float = 1.0) -> Tensor:
     """Premultiplied (B, H, W, 4) uint8 -> RGB (B, 3, H, W) in 0..1 over a colour (B, 3, 1, 1) or a grey level."""
     rgba = torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 255
-    return rgba[:, :3] + (1 - rgba[:, 3:]) * background
+    return (rgba[:, :3] + (1 - rgba[:, 3:]) * background).clamp(0, 1)
 
 
 def framed(rgb: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ FITS = ("crop", "pad", "stretch")
 
 
 def fit_to(pixels: Tensor, width: int, height: int, fit: str, fill: float = 0.0) -> Tensor:
-    """(B, C, H, W) -> (B, C, height, width), anti-aliased, values kept within the range they came in.
+    """(B, C, H, W) -> (B, C, height, width), anti-aliased, values of each channel kept within its range.
 
     crop: the shorter side fills the frame and the rest is cut evenly; pad: the longer side fits and the rest is
     ``fill``; stretch: both sides fit and the proportions change. Raises ValueError for any other ``fit``.
@@ -34,5 +34,6 @@ def fit_to(pixels: Tensor, width: int, height: int, fit: str, fill: float = 0.0)
 def _resample(pixels: Tensor, width: int, height: int) -> Tensor:
     if pixels.shape[-2:] == (height, width):
         return pixels
-    low, high = pixels.amin(), pixels.amax()  # bicubic overshoots at edges
+    # Bicubic overshoots at edges. Each picture has a range of its own, or it would be another one in a batch.
+    low, high = pixels.amin(dim=(-2, -1), keepdim=True), pixels.amax(dim=(-2, -1), keepdim=True)
     return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(low, high)
