@@ -21,11 +21,11 @@ from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import DOWNSCALE, LATENT_NOISE, picture_loss, to_model_range
 from .finish_losses import ImageNetEye, LineUp, feature_loss, layers_apart, over_colour
 from .fusion_stage import SAID_WEIGHT, Tables
-from .generator_stage import START_NOISE, Starts, velocity_at
+from .generator_stage import Starts, begun, velocity_at
 from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet
 
-FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.1
+FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.15
 WHITE_SHARE = 0.5  # how often the background is white, as it is where a picture is judged
 IMAGENET_COUNT = 12  # of what is drawn in one step, since that network is as slow as all the rest together
 
@@ -35,6 +35,7 @@ def train_finish(
     pictures: TrainingSet,
     tables: Tables,
     network: FusionNetwork,
+    fold: FusionNetwork,
     eye: ResNetModel,
     unet: UNet2DConditionModel,
     vae: AutoencoderDC,
@@ -44,7 +45,7 @@ def train_finish(
     The rest is decoded from the encoder's latents, a little noisy, so that the decoder serves them too.
     """
     torch.manual_seed(0)
-    starts, imagenet = Starts(pictures, tables, network), ImageNetEye()
+    starts, imagenet = Starts(pictures, tables, network, fold), ImageNetEye()
     told_apart = LineUp(imagenet, pictures.emoji)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
@@ -60,7 +61,7 @@ def train_finish(
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=mean.device)
 
-        start = mean + START_NOISE * random(*mean.shape)
+        start = begun(mean, random(*wanted.shape))
 
         def velocity(count: int, target: Tensor, sigma: Tensor) -> Tensor:
             return velocity_at(unet, tokens[:count], mean[:count], start[:count], target[:count], sigma)

@@ -13,6 +13,7 @@ from ..denoising.unet_sampler import stretched
 from ..fusing.fusion_network import FusionNetwork
 from .catalogue import STYLES
 from .loop import Plan, device, run_stage, seeded
+from .pictures import PictureSet
 from .scenes.scene_set import LAYOUTS
 from .training_set import TrainingSet
 
@@ -36,6 +37,9 @@ SAID_WEIGHT = {
     2: [((0.125, 0.375, 0.4375, 0.625), 4.0), ((0.5625, 0.375, 0.875, 0.625), 4.0)],
 }
 ENDS_WEIGHT = 0.5  # of the difference of the errors at a panorama's two ends, which meet only where it is small
+
+
+NOTHING = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,15 @@ class Batch:
 
 
 class Examples:
-    """Draws batches: which picture is meant, by which words, in the style of which other picture."""
+    """Draws batches: which picture is meant, by which words, in the style of which other picture.
 
-    def __init__(self, pictures: TrainingSet, tables: Tables) -> None:
+    without: rows of drawings that are never meant, besides those that are held out.
+    """
+
+    def __init__(self, pictures: TrainingSet, tables: Tables, without: np.ndarray = NOTHING) -> None:
         self._tables = tables
-        self._rows = pictures.training_rows()
+        drawings, *scenes = pictures.training_rows()
+        self._rows = (np.setdiff1d(drawings, without), *scenes)
         self._first_scene = pictures.starts[1]
         self._layouts = np.concatenate([scene.layouts for scene in pictures.scenes])
         self._of_layout = [_Pools(self._layouts[rows - self._first_scene], rows, LAYOUTS) for rows in self._rows[1:]]
@@ -105,7 +113,8 @@ class Examples:
         self._of_style = _Pools(self._style[trained], trained, len(STYLES))
         self._drawings = _by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
         # Words in a way whose drawing is held out stand for nothing: another style's would teach the wrong answer.
-        held = emoji.held_out().pairs
+        pairs = emoji.pairs
+        held = emoji.held_out().pairs | {pairs[row] for row in without}
         taught = [(c, w) for c in range(len(emoji.concepts)) for w in range(len(WAYS)) if (c, WAYS[w]) not in held]
         of_concept, ways = np.array(taught).T
         self._ways = _Pools(of_concept, ways, len(emoji.concepts))
@@ -114,13 +123,20 @@ class Examples:
             _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
         )
 
+    def meant(self, step: int, rows: np.ndarray) -> Batch:
+        """Drawings ``rows``, each by its name and another picture in its style."""
+        pick = np.random.default_rng([step, 8])
+        yes = np.ones(len(rows), dtype=bool)
+        text = self._tables.captions[_index(self._names.draw(pick, self._concept[rows]))]
+        return _batch(text, self._style_or_content(pick, rows, yes), yes, yes, rows, np.zeros_like(rows))
+
     def draw(self, step: int, size: int, shares: Sequence[float] = DOMAIN_SHARES) -> Batch:
         """shares: of emoji, panoramas and phantoms, one domain after the other."""
         pick = np.random.default_rng([step, 7])
         counts = [round(size * share) for share in shares[1:]]
         parts = [self._emoji(pick, size - sum(counts))]
         parts += [self._scenes(pick, domain, count) for domain, count in enumerate(counts, start=1)]
-        return _joined([part for part in parts if len(part.rows)])
+        return joined([part for part in parts if len(part.rows)])
 
     def _emoji(self, pick: np.random.Generator, size: int) -> Batch:
         rows = pick.choice(self._rows[0], size)
@@ -202,7 +218,7 @@ def _batch(
     return Batch(text, image, _index(has_text)[:, None], _index(has_image)[:, None], rows, _index(way))
 
 
-def _joined(parts: Sequence[Batch]) -> Batch:
+def joined(parts: Sequence[Batch]) -> Batch:
     def all_of(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
@@ -241,18 +257,34 @@ def said_weight(grid: int) -> Tensor:
 def new_fusion(tables: Tables) -> FusionNetwork:
     """It begins with the mean of all pictures for an answer."""
     grid, channels = tables.grid_and_channels
-    network = FusionNetwork(hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS))
+    network = FusionNetwork(
+        hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS), words_beside=True
+    )
     with torch.no_grad():
         network.exit.bias.copy_(tables.means().mean(0).flatten())
     return network
 
 
+def strange_rows(pictures: PictureSet) -> np.ndarray:
+    """Of each concept with three drawings or more to learn from, one: as many as are held out of it for measuring."""
+    pick = np.random.default_rng(5)
+    rows = pick.permutation(pictures.training_rows())
+    _, first, count = np.unique(pictures.concept[rows], return_index=True, return_counts=True)
+    return np.sort(rows[first[count >= 3]])
+
+
 def train_fusion(
-    work: Path, pictures: TrainingSet, tables: Tables, network: FusionNetwork, plan: Plan
+    work: Path,
+    pictures: TrainingSet,
+    tables: Tables,
+    network: FusionNetwork,
+    plan: Plan,
+    name: str = "fusion",
+    without: np.ndarray = NOTHING,
 ) -> FusionNetwork:
     """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128."""
     torch.manual_seed(0)
-    examples = Examples(pictures, tables)
+    examples = Examples(pictures, tables, without)
     means, weights = tables.means(), said_weight(tables.grid_and_channels[0]).to(device())
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -272,5 +304,5 @@ def train_fusion(
             "ends": ENDS_WEIGHT * ends.sum() / plan.batch,
         }
 
-    run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
+    run_stage(name, work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network

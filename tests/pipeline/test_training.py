@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
@@ -30,9 +30,10 @@ from pipeline.mini.fusion_stage import (
     new_fusion,
     on_grid,
     said_weight,
+    strange_rows,
     train_fusion,
 )
-from pipeline.mini.generator_stage import new_generator, train_generator
+from pipeline.mini.generator_stage import STRANGE_SHARE, Starts, new_generator, train_generator, widened
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
@@ -233,22 +234,79 @@ def test_what_the_words_say_of_a_scene_lies_where_it_counts_more():
             assert len(rows) and float((of_phantom[rows // 8, columns // 8] > 1).float().mean()) > 0.95, (region, side)
 
 
+def test_one_drawing_of_each_concept_is_strange_and_never_meant(pictures: TrainingSet, tables: Tables):
+    strange = strange_rows(pictures.emoji)
+    assert sorted(pictures.emoji.concept[strange]) == list(range(CONCEPTS))
+    assert not {pictures.emoji.pairs[row] for row in strange} & {HELD}
+    examples = Examples(pictures, tables, without=strange)
+    for step in range(10):
+        drawn = examples.draw(step, 64, (1, 0, 0))
+        assert not np.isin(drawn.rows, strange).any()
+        ways = drawn.way[(drawn.has_text & ~drawn.has_image)[:, 0]].tolist()
+        said = pictures.emoji.concept[drawn.rows[(drawn.has_text & ~drawn.has_image)[:, 0].numpy()]]
+        pairs = {(int(concept), WAYS[way]) for concept, way in zip(said, ways, strict=True)}
+        assert not pairs & {pictures.emoji.pairs[row] for row in strange}
+
+
+def test_walks_begin_at_what_is_meant_and_what_its_words_mean(pictures: TrainingSet, tables: Tables):
+    torch.manual_seed(0)
+    network, fold = new_fusion(tables).eval(), new_fusion(tables).eval()
+    for each in (network, fold):
+        nn.init.normal_(each.exit.weight, std=0.1)
+    starts = Starts(pictures, tables, network, fold)
+    strange = strange_rows(pictures.emoji)
+    channels = tables.square.shape[1]
+    drawn, turned, tokens, mean, wanted = starts.draw(1, 40, torch.Generator().manual_seed(0))
+    count = round(STRANGE_SHARE * 40)
+    assert np.isin(drawn.rows[:count], strange).all() and turned == 0 and len(drawn.rows) == 40
+    assert bool((drawn.has_text & drawn.has_image)[:count].all())
+    assert torch.equal(wanted, tables.square[torch.from_numpy(drawn.rows)])
+    assert mean.shape[1] == 2 * channels and torch.equal(mean.flatten(2).transpose(1, 2), tokens)
+    said, alone = tokens[..., channels:], network(drawn.text, None)[:, : tokens.shape[1], :channels]
+    both = (drawn.has_text & drawn.has_image)[:, 0]
+    house = torch.from_numpy(pictures.emoji.style[drawn.rows[:count]] == WAYS[0])
+    assert bool(house.any()) and not bool(house.all())
+    known = both.clone()
+    known[:count] = ~house
+    close = (said - alone).abs().amax(dim=(1, 2)) < 1e-4
+    assert torch.equal(close[both], known[both]), "the house style's own drawing is not given away"
+    assert torch.equal(said[~both], tokens[..., :channels][~both])
+
+
+def test_a_widened_generator_draws_what_it_drew():
+    torch.manual_seed(0)
+    now = new_generator(8, 4)
+    before = UNet2DConditionModel.from_config({**now.config, "in_channels": 8, "cross_attention_dim": 4}).eval()
+    nn.init.normal_(before.conv_out.weight, std=0.1)
+    wide = widened(before).eval()
+    latents, tokens = torch.randn(2, 12, 8, 8), torch.randn(2, 64, 8)
+    sigma = torch.tensor([1000.0, 300.0])
+    with torch.no_grad():
+        one = before(latents[:, :8], sigma, tokens[..., :4]).sample
+        other = wide(latents, sigma, tokens).sample
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        assert torch.equal(other, widened(wide).eval()(latents, sigma, tokens).sample), "once is enough"
+
+
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
     few = Plan(steps=8, batch=8, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
     torch.manual_seed(0)
     eye = train_image_encoder(tmp_path, pictures, new_image_encoder(), replace(few, batch=16))
     vae = train_autoencoder(tmp_path, pictures, new_autoencoder(), few)
     fusion = train_fusion(tmp_path, pictures, tables, new_fusion(tables), replace(few, batch=32))
-    unet = train_generator(tmp_path, pictures, tables, fusion, new_generator(*tables.grid_and_channels), few)
+    fold = train_fusion(
+        tmp_path, pictures, tables, new_fusion(tables), replace(few, batch=32), "fold", strange_rows(pictures.emoji)
+    )
+    unet = train_generator(tmp_path, pictures, tables, fusion, fold, new_generator(*tables.grid_and_channels), few)
     before = deepcopy(vae)
-    unet, vae = train_finish(tmp_path, pictures, tables, fusion, eye, unet, vae, few)
+    unet, vae = train_finish(tmp_path, pictures, tables, fusion, fold, eye, unet, vae, few)
     kept = [
         torch.equal(one, other)
         for one, other in zip(before.encoder.parameters(), vae.encoder.parameters(), strict=True)
     ]
     assert all(kept), "the latents stay what they are"
     assert not torch.equal(before.decoder.conv_in.weight, vae.decoder.conv_in.weight)
-    for stage in ("vision", "autoencoder", "fusion", "generator", "finish"):
+    for stage in ("vision", "autoencoder", "fusion", "fold", "generator", "finish"):
         head, *rows = (tmp_path / f"{stage}-curve.csv").read_text().splitlines()
         assert all(math.isfinite(float(value)) for row in rows for value in row.split(",")), (stage, head)
     assert bool(unet.conv_out.weight.any())
