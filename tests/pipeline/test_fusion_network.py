@@ -1,6 +1,5 @@
 """The fusion network's two pictures: what words and style mean together, and beside it what the words mean alone."""
 
-
 import pytest
 import torch
 
