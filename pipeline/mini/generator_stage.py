@@ -7,6 +7,7 @@ Euler steps do.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ def new_generator(grid: int, channels: int) -> UNet2DConditionModel:
 
 def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """As of now, for one that saw only the first of the tokens' pictures: of the second it makes nothing yet."""
-    channels = unet.config.out_channels
-    fresh = new_generator(unet.config.sample_size, channels)
+    config: Any = unet.config
+    fresh = new_generator(config.sample_size, config.out_channels)
     weights = unet.state_dict()
     for name, wanted in fresh.state_dict().items():
         missing = wanted.shape[1] - weights[name].shape[1] if wanted.ndim > 1 else 0

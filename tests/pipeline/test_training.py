@@ -4,6 +4,7 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,7 +277,8 @@ def test_walks_begin_at_what_is_meant_and_what_its_words_mean(pictures: Training
 def test_a_widened_generator_draws_what_it_drew():
     torch.manual_seed(0)
     now = new_generator(8, 4)
-    before = UNet2DConditionModel.from_config({**now.config, "in_channels": 8, "cross_attention_dim": 4}).eval()
+    before: Any = UNet2DConditionModel.from_config({**now.config, "in_channels": 8, "cross_attention_dim": 4})
+    before.eval()
     nn.init.normal_(before.conv_out.weight, std=0.1)
     wide = widened(before).eval()
     latents, tokens = torch.randn(2, 12, 8, 8), torch.randn(2, 64, 8)
