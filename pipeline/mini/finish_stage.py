@@ -53,9 +53,9 @@ def train_finish(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = seeded(step)
-        drawn, turned, *parts = starts.draw(step, plan.batch, generator)
+        drawn = starts.draw(step, plan.batch, generator)
         order = torch.randperm(len(drawn.rows), generator=generator, device=device())  # domains come one after another
-        tokens, mean, wanted = (part[order] for part in parts)
+        tokens, mean, wanted = (part[order] for part in (drawn.tokens, drawn.mean, drawn.wanted))
         drawn_at_once, walked = len(mean) * 4 // 5, max(1, len(mean) // 6)
 
         def random(*shape: int) -> Tensor:
@@ -73,8 +73,8 @@ def train_finish(
         known = wanted[drawn_at_once:] + LATENT_NOISE * random(*wanted[drawn_at_once:].shape)
         latents = torch.cat([one_step, known]) / tables.scaling_factor
         made = vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
-        rows = drawn.rows[order.cpu().numpy()]
-        real = pictures.each(rows, to_model_range).roll(DOWNSCALE * turned, dims=-1)
+        rows, named = (some[order.cpu().numpy()] for some in (drawn.rows, drawn.named))
+        real = pictures.each(rows, to_model_range).roll(DOWNSCALE * drawn.turned, dims=-1)
         colour = torch.rand(len(made), 3, 1, 1, generator=generator, device=mean.device)
         white = torch.rand(len(made), 1, 1, 1, generator=generator, device=mean.device) < WHITE_SHARE
         white[:IMAGENET_COUNT] = True
@@ -91,10 +91,10 @@ def train_finish(
             "sun": mean.new_zeros(()),
         }
         if drawings.any():
-            losses["told"] = TOLD_WEIGHT * told_apart(imagenet.gist(seen)[drawings], rows[:IMAGENET_COUNT][drawings])
+            losses["told"] = TOLD_WEIGHT * told_apart(imagenet.gist(seen)[drawings], named[:IMAGENET_COUNT][drawings])
         if made.shape[-1] != made.shape[-2]:
             losses["sun"] = SUN_WEIGHT * picture_loss(
-                *(_where_the_sun_is(side.roll(-DOWNSCALE * turned, dims=-1)) for side in (made, real))
+                *(_where_the_sun_is(side.roll(-DOWNSCALE * drawn.turned, dims=-1)) for side in (made, real))
             )
         return losses
 

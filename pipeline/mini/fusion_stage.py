@@ -66,7 +66,7 @@ class Tables:
     def latents_of(self, rows: np.ndarray) -> Tensor:
         """Rows of panoramas alone, or of none."""
         wide = rows - self.wide_from
-        return self.wide[_index(wide)] if 0 <= wide[0] < len(self.wide) else self.square[_index(rows)]
+        return self.wide[index(wide)] if 0 <= wide[0] < len(self.wide) else self.square[index(rows)]
 
     @property
     def grid_and_channels(self) -> tuple[int, int]:
@@ -111,7 +111,7 @@ class Examples:
         emoji, trained = pictures.emoji, self._rows[0]
         self._concept, self._style = emoji.concept, emoji.style
         self._of_style = _Pools(self._style[trained], trained, len(STYLES))
-        self._drawings = _by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
+        self._drawings = by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
         # Words in a way whose drawing is held out stand for nothing: another style's would teach the wrong answer.
         pairs = emoji.pairs
         held = emoji.held_out().pairs | {pairs[row] for row in without}
@@ -127,7 +127,7 @@ class Examples:
         """Drawings ``rows``, each by its name and another picture in its style."""
         pick = np.random.default_rng([step, 8])
         yes = np.ones(len(rows), dtype=bool)
-        text = self._tables.captions[_index(self._names.draw(pick, self._concept[rows]))]
+        text = self._tables.captions[index(self._names.draw(pick, self._concept[rows]))]
         return _batch(text, self._style_or_content(pick, rows, yes), yes, yes, rows, np.zeros_like(rows))
 
     def draw(self, step: int, size: int, shares: Sequence[float] = DOMAIN_SHARES) -> Batch:
@@ -136,7 +136,7 @@ class Examples:
         counts = [round(size * share) for share in shares[1:]]
         parts = [self._emoji(pick, size - sum(counts))]
         parts += [self._scenes(pick, domain, count) for domain, count in enumerate(counts, start=1)]
-        return joined([part for part in parts if len(part.rows)])
+        return _joined([part for part in parts if len(part.rows)])
 
     def _emoji(self, pick: np.random.Generator, size: int) -> Batch:
         rows = pick.choice(self._rows[0], size)
@@ -146,7 +146,7 @@ class Examples:
         concepts = self._concept[rows]
         by_name = (pick.random(size) < NAME_SHARE) | ~self._keywords.has(concepts)
         captions = np.where(by_name, self._names.draw(pick, concepts), self._keywords.draw(pick, concepts))
-        text = self._tables.captions[_index(captions)]
+        text = self._tables.captions[index(captions)]
         return _batch(text, self._style_or_content(pick, rows, has_text), has_text, has_image, rows, way)
 
     def _style_or_content(self, pick: np.random.Generator, rows: np.ndarray, has_text: np.ndarray) -> Tensor:
@@ -155,7 +155,7 @@ class Examples:
         several = has_text & (pick.random(len(rows)) < TOGETHER_SHARE)
         shares = np.where(several[:, None], pick.dirichlet([0.5] * TOGETHER, len(rows)), np.eye(TOGETHER)[0])
         shown = [self._shown(pick, np.where(has_text, other, rows)) for other in others]
-        return (_index(shares.T[..., None].astype(np.float32)) * torch.stack(shown)).sum(dim=0)
+        return (index(shares.T[..., None].astype(np.float32)) * torch.stack(shown)).sum(dim=0)
 
     def _scenes(self, pick: np.random.Generator, domain: int, size: int) -> Batch:
         """A picture beside words shows the layout, which is all that they leave open."""
@@ -164,20 +164,20 @@ class Examples:
         layout = self._layouts[rows - self._first_scene]
         seen = np.where(has_text, self._of_layout[domain - 1].draw(pick, layout), rows)
         captions = self._tables.scene_captions
-        text = captions[_index(rows - self._first_scene), _index(pick.integers(0, captions.shape[1], size))]
+        text = captions[index(rows - self._first_scene), index(pick.integers(0, captions.shape[1], size))]
         return _batch(text, self._shown(pick, seen), has_text, has_image, rows, layout)
 
     def _shown(self, pick: np.random.Generator, rows: np.ndarray) -> Tensor:
         """One view of each."""
         views = self._tables.features.shape[1]
-        return self._tables.features[_index(rows), _index(pick.integers(0, views, len(rows)))]
+        return self._tables.features[index(rows), index(pick.integers(0, views, len(rows)))]
 
 
-def _index(rows: np.ndarray) -> Tensor:
+def index(rows: np.ndarray) -> Tensor:
     return torch.from_numpy(rows).to(device())
 
 
-def _by_way(concept: np.ndarray, style: np.ndarray, rows: np.ndarray, concepts: int) -> np.ndarray:
+def by_way(concept: np.ndarray, style: np.ndarray, rows: np.ndarray, concepts: int) -> np.ndarray:
     """(WAYS, concepts): the row that words alone mean. A concept not drawn in a way's style is drawn in the first that
     there is, those of WAYS before the others; -1 where there is none at all.
     """
@@ -215,10 +215,10 @@ def _given(pick: np.random.Generator, size: int, both: float, words: float) -> t
 def _batch(
     text: Tensor, image: Tensor, has_text: np.ndarray, has_image: np.ndarray, rows: np.ndarray, way: np.ndarray
 ) -> Batch:
-    return Batch(text, image, _index(has_text)[:, None], _index(has_image)[:, None], rows, _index(way))
+    return Batch(text, image, index(has_text)[:, None], index(has_image)[:, None], rows, index(way))
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
+def _joined(parts: Sequence[Batch]) -> Batch:
     def all_of(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
@@ -291,7 +291,7 @@ def train_fusion(
         drawn = examples.draw(step, plan.batch)
         made = fused(network, drawn, 0.05, seeded(step))
         domain = pictures.domain_of(drawn.rows)
-        wanted, weight = means[_index(drawn.rows)], weights[_index(domain)]
+        wanted, weight = means[index(drawn.rows)], weights[index(domain)]
         emoji = int((domain == 0).sum())  # they come first
         error = made.float() - wanted
         apart = (error.square().mean(dim=2) * weight).mean(dim=1)

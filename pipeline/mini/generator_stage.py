@@ -5,7 +5,7 @@ sigma (mean + s noise), and the network learns the velocity (mean + s noise) - x
 Euler steps do.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
-from .fusion_stage import NOTHING, WAYS, Batch, Examples, Tables, fused, joined, on_grid, strange_rows
+from .fusion_stage import WAYS, Batch, Examples, Tables, by_way, fused, index, on_grid, strange_rows
 from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet
 
@@ -66,34 +66,54 @@ def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return fresh
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a batch of walks begins, and where it is to lead.
+
+    tokens: (B, N, 2C); mean: the same as two pictures (B, 2C, h, w); wanted: latents (B, C, h, w) of the pictures
+    ``rows``; named: the drawing that words and style ask for, which is another one where that cannot be known. turned:
+    by how many columns mean and wanted are.
+    """
+
+    tokens: Tensor
+    mean: Tensor
+    wanted: Tensor
+    rows: np.ndarray
+    named: np.ndarray
+    turned: int
+
+
 class Starts:
     """Where walks begin: batches of one shape, with the fusion network's first pictures of what is meant.
 
     fold: a fusion network that never saw ``strange_rows``, which begins these: what it makes of them is what
-    ``network`` makes of words and style that are held out (stacked generalisation, Wolpert 1992).
+    ``network`` makes of words and style that are held out (stacked generalisation, Wolpert 1992). Some of these it
+    says nearly; of others, whose design is one of its own, nobody could. From there the walk leads to the house style's
+    drawing, which the tokens hold too: a drawing in another style says more than a blur in the right one.
     """
 
-    def __init__(
-        self, pictures: TrainingSet, tables: Tables, network: FusionNetwork, fold: FusionNetwork | None = None
-    ) -> None:
+    def __init__(self, pictures: TrainingSet, tables: Tables, network: FusionNetwork, fold: FusionNetwork) -> None:
         self._examples, self._tables = Examples(pictures, tables), tables
         self._network, self._fold = network, fold
-        self._strange = strange_rows(pictures.emoji) if fold is not None else NOTHING
-        self._house = pictures.emoji.style == WAYS[0]
+        emoji, self._strange = pictures.emoji, strange_rows(pictures.emoji)
+        self._in_house_style = emoji.style == WAYS[0]
+        known = np.setdiff1d(emoji.training_rows(), self._strange)
+        house, self._concept = (
+            by_way(emoji.concept[known], emoji.style[known], known, len(emoji.concepts)),
+            emoji.concept,
+        )
+        self._house = house[0]
         for each in (network, fold):
-            if each is not None:
-                nn.Module.to(each, device())
+            nn.Module.to(each, device())
 
     @torch.no_grad()
-    def draw(self, step: int, size: int, generator: torch.Generator) -> tuple[Batch, int, Tensor, Tensor, Tensor]:
-        """The batch, its turn, its tokens (B, N, 2C), these as pictures (B, 2C, h, w) and the latents wanted.
-
-        One batch in WIDE_EVERY is of panoramas, half as many, since they are as large as two. They are turned by some
-        columns, so that the ends, of which the fusion network does not know that they meet, meet within the picture.
-        Others begin with the strange ones.
+    def draw(self, step: int, size: int, generator: torch.Generator) -> Start:
+        """One batch in WIDE_EVERY is of panoramas, half as many, since they are as large as two. They are turned by
+        some columns, so that the ends, of which the fusion network does not know that they meet, meet within the
+        picture. Others begin with the strange ones.
         """
         wide = step % WIDE_EVERY == 0
-        strange = 0 if wide or not len(self._strange) else round(STRANGE_SHARE * size)
+        strange = 0 if wide else round(STRANGE_SHARE * size)
         rest = size // 2 if wide else size - strange
         drawn = self._examples.draw(step, rest, (0, 1, 0) if wide else (0.85, 0, 0.15))
         blur = BLUR * torch.rand(rest + strange, 1, generator=generator, device=device())
@@ -101,26 +121,34 @@ class Starts:
         if not wide:
             tokens = tokens.lerp(*self._another(drawn, round(0.85 * rest), blur[strange:], generator))
         tokens = torch.cat([tokens, self._of_words(self._network, drawn, tokens, generator)], dim=-1)
+        rows = named = drawn.rows
         if strange:
-            unseen, begun = self._strangers(step, strange, blur[:strange], generator)
-            drawn, tokens = joined([unseen, drawn]), torch.cat([begun, tokens])
-        wanted = self._tables.latents_of(drawn.rows)
+            strangers, led, begun_at = self._strangers(step, strange, blur[:strange], generator)
+            rows, named = np.concatenate([led, rows]), np.concatenate([strangers, named])
+            tokens = torch.cat([begun_at, tokens])
+        wanted = self._tables.latents_of(rows)
         mean, turned = on_grid(tokens, wanted.shape[-1]), 0
         if wide:
             turned = int(torch.randint(wanted.shape[-1], (1,), generator=generator, device=device()))
-        return drawn, turned, tokens, mean.roll(turned, dims=-1), wanted.roll(turned, dims=-1)
+        return Start(tokens, mean.roll(turned, dims=-1), wanted.roll(turned, dims=-1), rows, named, turned)
 
-    def _strangers(self, step: int, count: int, blur: Tensor, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """Words and style that ``fold`` never saw together, and their tokens (count, N, 2C)."""
-        fold = self._fold
-        assert fold is not None
+    def _strangers(
+        self, step: int, count: int, blur: Tensor, generator: torch.Generator
+    ) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """Drawings that ``fold`` never saw, where walks from there are to lead, and the tokens (count, N, 2C)."""
         rows = np.random.default_rng([step, 9]).choice(self._strange, count)
         drawn = self._examples.meant(step, rows)
-        tokens = fused(fold, drawn, blur, generator).float()
+        tokens = fused(self._fold, drawn, blur, generator).float()
         # Of the house style's own drawings ``network`` would give away the answer; of others it knows their words.
-        known, unknown = (self._of_words(each, drawn, tokens, generator) for each in (self._network, fold))
-        house = torch.from_numpy(self._house[rows]).to(tokens.device)
-        return drawn, torch.cat([tokens, torch.where(house[:, None, None], unknown, known)], dim=-1)
+        known, unknown = (self._of_words(each, drawn, tokens, generator) for each in (self._network, self._fold))
+        own = torch.from_numpy(self._in_house_style[rows]).to(tokens.device)
+        house = self._house[self._concept[rows]]
+        apart, from_house = (
+            (tokens - self._tables.square[index(side)].flatten(2).transpose(1, 2)).square().mean(dim=(1, 2))
+            for side in (rows, house)
+        )
+        led = np.where((apart <= from_house).cpu().numpy(), rows, house)
+        return rows, led, torch.cat([tokens, torch.where(own[:, None, None], unknown, known)], dim=-1)
 
     @staticmethod
     def _of_words(network: FusionNetwork, drawn: Batch, tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -157,12 +185,13 @@ def train_generator(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = seeded(step)
-        _, _, tokens, mean, wanted = starts.draw(step, plan.batch, generator)
+        drawn = starts.draw(step, plan.batch, generator)
+        mean, wanted = drawn.mean, drawn.wanted
         sigma = torch.rand(len(mean), generator=generator, device=mean.device)
         first = torch.rand(len(mean), generator=generator, device=mean.device) < FIRST_STEP_SHARE
         sigma = sigma.masked_fill(first, 1.0)
         start = begun(mean, torch.randn(wanted.shape, generator=generator, device=mean.device))
-        return {"velocity": F.mse_loss(velocity_at(unet, tokens, mean, start, wanted, sigma), start - wanted)}
+        return {"velocity": F.mse_loss(velocity_at(unet, drawn.tokens, mean, start, wanted, sigma), start - wanted)}
 
     run_stage("generator", work, plan, nn.ModuleDict({"unet": unet}), loss_at)
     return unet
