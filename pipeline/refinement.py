@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .conditioning import FusedConditioning, ImageFeatures
-from .denoising.latents import channels_of, for_decoder
+from .denoising.latents import for_decoder
 from .fusing.ways import in_one_way
 from .model_cache import ModelCache
 from .vision.gram import gram_matrix
@@ -59,7 +59,7 @@ def refine(
 ) -> Refinement:
     """Descend from the condition to one whose picture has more of the reference's features.
 
-    The tokens hold a first picture on the latents' grid; it is decoded, laid over white and seen by the image encoder.
+    The tokens are a first picture on the latents' grid; it is decoded, laid over white and seen by the image encoder.
     The loss is 1 - cosine of the pooled features; where ``image`` carries Gram statistics, the mean of that and
     1 - cosine of those, which follows the style (arXiv 1508.06576). A picture that becomes rougher than the start, by
     its total variation, pays for it: what only the encoder could see is mostly noise. Steps of a length that falls to
@@ -83,10 +83,9 @@ def refine(
         checkpoint.use(cache, "image_encoder") as encoder,
     ):
         # Clones, because autograd refuses what was made in inference mode.
-        tokens = conditioning.tokens.to(next(vae.parameters())).clone()
+        start = conditioning.tokens.to(next(vae.parameters())).clone()
         target = replace(image, pooled=image.pooled.clone(), gram=None if image.gram is None else image.gram.clone())
-        tokens = tokens.expand(max(tokens.shape[0], image.pooled.shape[0]), -1, -1)
-        start, beside = tokens.tensor_split([channels_of(vae)], dim=-1)
+        start = start.expand(max(start.shape[0], image.pooled.shape[0]), -1, -1)
         grid = conditioning.grid or (1, 1)
 
         roughness = _roughness(_picture(vae, start, grid)).detach()
@@ -100,7 +99,7 @@ def refine(
         notices.append(f"refined {done} of {num_steps} steps, when its {seconds:g} seconds were over")
     refined = replace(
         conditioning,
-        tokens=torch.cat([best, beside], dim=-1).to(conditioning.tokens),
+        tokens=best.to(conditioning.tokens),
         mask=conditioning.mask.expand(best.shape[0], -1),
         notices=tuple(notices),
     )

@@ -35,11 +35,10 @@ def denoise(
     """Noise (B, C, h, w) -> latents, for a condition of B entries on the same device.
 
     With a grid, the walk starts at the mean picture plus a little noise (arXiv 2310.03725) and the denoiser sees that
-    mean in its channels, and what else the tokens hold after it; without one, it starts at noise alone.
-    guidance_scale above 1 steers away from the negative (arXiv 2207.12598). generators: for schedulers that add noise
-    of their own. sigmas: in place of the scheduler's own steps, for Euler's method, from the first to the last.
-    image_embeds: of pictures that an IP-Adapter shows, and in place of them. closes: a panorama, which the denoiser
-    sees continued at both ends.
+    mean in its channels; without one, it starts at noise alone. guidance_scale above 1 steers away from the negative
+    (arXiv 2207.12598). generators: for schedulers that add noise of their own. sigmas: in place of the scheduler's own
+    steps, for Euler's method, from the first to the last. image_embeds: of pictures that an IP-Adapter shows, and in
+    place of them. closes: a panorama, which the denoiser sees continued at both ends.
     """
     negative = conditioning.negative
     columns = noise.shape[-1]
@@ -48,7 +47,7 @@ def denoise(
         # Straight steps from sigma 1 down to 1/steps; the scheduler adds the final 0.
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         scheduler.set_timesteps(sigmas=sigmas, device=noise.device)
-        latents = grid[:, : noise.shape[1]] + start_noise * noise
+        latents = grid + start_noise * noise
     elif sigmas is not None:
         scheduler, start = _along(sigmas, scheduler, noise.device)
         latents = start * noise

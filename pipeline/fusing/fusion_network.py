@@ -12,9 +12,6 @@ class FusionNetwork(ModelMixin, ConfigMixin):
     A side that is missing is replaced by a learned null vector, so text alone, picture alone and both are three inputs
     of one function. The tokens lie on the latents' grid: they are the mean picture, which the generator sharpens.
     ways: how many null vectors stand for no picture, each a way of its own to draw what the words leave open.
-    words_beside: the tokens hold two pictures, side by side along the channels: what is meant, and what the words alone
-    mean in the first way. Where words and style were never seen together the first is a blur of designs, and the second
-    still a drawing, to be drawn in that style. Without words, or without a picture, both are what is meant.
     """
 
     @register_to_config
@@ -29,7 +26,6 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         channels: int = 16,
         gated: bool = False,
         ways: int = 1,
-        words_beside: bool = False,
     ) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(text_width)
@@ -40,26 +36,19 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList((_GatedBlock if gated else _Block)(width, hidden) for _ in range(num_blocks))
         self.exit_norm = nn.LayerNorm(width)
         self.exit = nn.Linear(width, grid * grid * channels)
-        self._shape, self._beside = (grid * grid, channels), words_beside
+        self._shape = (grid * grid, channels)
 
     def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
         """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels).
 
-        Without a picture (B, ways*grid*grid, channels), one way after the other; with words_beside twice the channels.
+        Without a picture (B, ways*grid*grid, channels), one way after the other.
         """
         known = text if text is not None else image
         batch = known.shape[0] if known is not None else batch_size or 1
         left = self.null_text.expand(batch, -1) if text is None else self.text_norm(text)
         right = self.null_image.expand(batch, -1, -1) if image is None else self.image_norm(image)[:, None]
-        beside = self._beside and text is not None and image is not None
-        if beside:  # in one pass
-            right = torch.cat([right, self.null_image[:1].expand(batch, 1, -1)], dim=1)
         joined = torch.cat([left[:, None].expand(-1, right.shape[1], -1), right], dim=-1)
-        fused = self.fuse_normalised(joined)
-        if beside:
-            return torch.cat([fused[:, 0], fused[:, 1]], dim=-1)
-        fused = fused.flatten(1, 2)
-        return torch.cat([fused, fused], dim=-1) if self._beside else fused
+        return self.fuse_normalised(joined).flatten(1, 2)
 
     def fuse_normalised(self, joined: Tensor) -> Tensor:
         """joined: (..., text_width + image_width), each side normalised or null -> (..., grid*grid, channels)."""

@@ -21,11 +21,11 @@ from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import DOWNSCALE, LATENT_NOISE, picture_loss, to_model_range
 from .finish_losses import ImageNetEye, LineUp, feature_loss, layers_apart, over_colour
 from .fusion_stage import SAID_WEIGHT, Tables
-from .generator_stage import Starts, begun, velocity_at
+from .generator_stage import START_NOISE, Starts, velocity_at
 from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet
 
-FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.15
+FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.1
 WHITE_SHARE = 0.5  # how often the background is white, as it is where a picture is judged
 IMAGENET_COUNT = 12  # of what is drawn in one step, since that network is as slow as all the rest together
 
@@ -35,7 +35,6 @@ def train_finish(
     pictures: TrainingSet,
     tables: Tables,
     network: FusionNetwork,
-    fold: FusionNetwork,
     eye: ResNetModel,
     unet: UNet2DConditionModel,
     vae: AutoencoderDC,
@@ -45,7 +44,7 @@ def train_finish(
     The rest is decoded from the encoder's latents, a little noisy, so that the decoder serves them too.
     """
     torch.manual_seed(0)
-    starts, imagenet = Starts(pictures, tables, network, fold), ImageNetEye()
+    starts, imagenet = Starts(pictures, tables, network), ImageNetEye()
     told_apart = LineUp(imagenet, pictures.emoji)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
@@ -53,15 +52,15 @@ def train_finish(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = seeded(step)
-        drawn = starts.draw(step, plan.batch, generator)
+        drawn, turned, *parts = starts.draw(step, plan.batch, generator)
         order = torch.randperm(len(drawn.rows), generator=generator, device=device())  # domains come one after another
-        tokens, mean, wanted = (part[order] for part in (drawn.tokens, drawn.mean, drawn.wanted))
+        tokens, mean, wanted = (part[order] for part in parts)
         drawn_at_once, walked = len(mean) * 4 // 5, max(1, len(mean) // 6)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=mean.device)
 
-        start = begun(mean, random(*wanted.shape))
+        start = mean + START_NOISE * random(*mean.shape)
 
         def velocity(count: int, target: Tensor, sigma: Tensor) -> Tensor:
             return velocity_at(unet, tokens[:count], mean[:count], start[:count], target[:count], sigma)
@@ -73,8 +72,8 @@ def train_finish(
         known = wanted[drawn_at_once:] + LATENT_NOISE * random(*wanted[drawn_at_once:].shape)
         latents = torch.cat([one_step, known]) / tables.scaling_factor
         made = vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
-        rows, named = (some[order.cpu().numpy()] for some in (drawn.rows, drawn.named))
-        real = pictures.each(rows, to_model_range).roll(DOWNSCALE * drawn.turned, dims=-1)
+        rows = drawn.rows[order.cpu().numpy()]
+        real = pictures.each(rows, to_model_range).roll(DOWNSCALE * turned, dims=-1)
         colour = torch.rand(len(made), 3, 1, 1, generator=generator, device=mean.device)
         white = torch.rand(len(made), 1, 1, 1, generator=generator, device=mean.device) < WHITE_SHARE
         white[:IMAGENET_COUNT] = True
@@ -91,10 +90,10 @@ def train_finish(
             "sun": mean.new_zeros(()),
         }
         if drawings.any():
-            losses["told"] = TOLD_WEIGHT * told_apart(imagenet.gist(seen)[drawings], named[:IMAGENET_COUNT][drawings])
+            losses["told"] = TOLD_WEIGHT * told_apart(imagenet.gist(seen)[drawings], rows[:IMAGENET_COUNT][drawings])
         if made.shape[-1] != made.shape[-2]:
             losses["sun"] = SUN_WEIGHT * picture_loss(
-                *(_where_the_sun_is(side.roll(-DOWNSCALE * drawn.turned, dims=-1)) for side in (made, real))
+                *(_where_the_sun_is(side.roll(-DOWNSCALE * turned, dims=-1)) for side in (made, real))
             )
         return losses
 

@@ -24,8 +24,8 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, R
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import deepened, encode_pictures, new_autoencoder, train_autoencoder
 from .finish_stage import train_finish
-from .fusion_stage import Tables, new_fusion, strange_rows, train_fusion
-from .generator_stage import new_generator, train_generator, widened
+from .fusion_stage import Tables, new_fusion, train_fusion
+from .generator_stage import new_generator, train_generator
 from .loop import Plan, device, seeded
 from .pictures import PictureSet
 from .training_set import SIZE, TrainingSet, load_training_set
@@ -50,7 +50,6 @@ ON_CPU = {
     "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(4000, 32, learning_rate=2e-3, warmup=100, weight_decay=0.0),
     "fusion": Plan(40_000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
-    "fold": Plan(6000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
     "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
 }
@@ -59,7 +58,6 @@ ON_GPU = {
     "vision": Plan(3000, 256, learning_rate=2e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(6000, 64, learning_rate=2e-3, warmup=200, weight_decay=0.0),
     "fusion": Plan(15_000, 4096, learning_rate=2e-3, warmup=300, weight_decay=0.0),
-    "fold": Plan(3000, 4096, learning_rate=2e-3, warmup=300, weight_decay=0.0),
     "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
 }
@@ -151,34 +149,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
         lambda begun, plan: train_fusion(work, pictures, tables, begun, plan),
     )  # fmt: skip
-    fusion.register_to_config(words_beside=True)
-    if "fold" not in wanted:
-        return
-
-    def fold() -> FusionNetwork:
-        """Always from nothing, since a finished model has seen what this one must not; it is no part of the model."""
-        strange = strange_rows(pictures.emoji)
-        chosen.anew = [*chosen.anew, "fold"]
-        return part(
-            "fold", "fusion", FusionNetwork, lambda: new_fusion(tables),
-            lambda begun, plan: train_fusion(work, pictures, tables, begun, plan, "fold", strange),
-        )  # fmt: skip
-
     if "generator" not in wanted:
-        fold()
         return
-    generator = part(
+    unet = part(
         "generator", "unet", UNet2DConditionModel, lambda: new_generator(*tables.grid_and_channels),
-        lambda begun, plan: train_generator(work, pictures, tables, fusion, fold(), widened(begun), plan),
+        lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
-    unet = widened(generator)
     if "finish" in wanted and (chosen.start is None or "finish" in {*chosen.again, *chosen.anew}):
         plan, vae = plan_of("finish"), deepened(vae)
         nn.Module.to(vae, device())
         unet, vae = _finished(
-            work, unet, vae,
-            lambda: train_finish(work, pictures, tables, fusion, fold(), image_encoder, unet, vae, plan),
-        )  # fmt: skip
+            work, unet, vae, lambda: train_finish(work, pictures, tables, fusion, image_encoder, unet, vae, plan)
+        )
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
 

@@ -48,26 +48,17 @@ MODELS = ("text_encoder", "image_encoder", "fusion", "unet", "vae")  # the parts
 WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "rose", "red", "car"]
 
 
-def save_mini(folder: Path, seed: int = 0, *, words_beside: bool = False) -> Path:
+def save_mini(folder: Path, seed: int = 0) -> Path:
     """The small model's layout, each part a few thousand parameters in float16."""
     torch.manual_seed(seed)
-    fusion: dict[str, Any] = {
-        "text_width": 16,
-        "image_width": 16,
-        "width": 16,
-        "hidden": 24,
-        "grid": 16,
-        "channels": 16,
-    }
-    tokens = 32 if words_beside else 16
     _save_tokenizer(folder / "tokenizer")
     text = CLIPTextConfig(**_text_sizes(), projection_dim=16, bos_token_id=2, eos_token_id=3)
     resnet = ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     parts: dict[str, Any] = {
         "text_encoder": CLIPTextModelWithProjection(text),
         "image_encoder": ResNetModel(resnet),
-        "fusion": FusionNetwork(**fusion, words_beside=words_beside),
-        "unet": _unet(in_channels=16 + tokens, out_channels=16, cross_attention_dim=tokens),
+        "fusion": FusionNetwork(text_width=16, image_width=16, width=16, hidden=24, grid=8, channels=16),
+        "unet": _unet(in_channels=32, out_channels=16, cross_attention_dim=16),
         "vae": AutoencoderDC(
             in_channels=4,
             latent_channels=16,
