@@ -234,7 +234,7 @@ def test_what_the_words_say_of_a_scene_lies_where_it_counts_more():
 
 
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
-    few = Plan(steps=8, batch=8, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
+    few = Plan(steps=5, batch=8, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
     torch.manual_seed(0)
     eye = train_image_encoder(tmp_path, pictures, new_image_encoder(), replace(few, batch=16))
     vae = train_autoencoder(tmp_path, pictures, new_autoencoder(), few)

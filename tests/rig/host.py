@@ -1,5 +1,6 @@
 """A real ComfyUI server on 127.0.0.1 with the pack in its custom_nodes."""
 
+import compileall
 import contextlib
 import ctypes
 import os
@@ -49,6 +50,8 @@ def host_tree() -> Path:
                 partial,
                 ignore=shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__", "tests", "tests-unit"),
             )
+            # Else each of some thirty servers compiles it all anew, as none may leave bytecode in the clone.
+            compileall.compile_dir(str(partial), quiet=2, stripdir=str(partial), prependdir=str(tree))
             partial.rename(tree)
     return tree
 
