@@ -6,8 +6,9 @@ from ..pipeline.model_cache import CacheStats
 from ..pipeline.residency import megabytes
 
 
-def cache_as_json(stats: CacheStats) -> dict[str, Any]:
+def cache_as_json(stats: CacheStats, embedding_bytes: int) -> dict[str, Any]:
     return {
+        "embedding_bytes": embedding_bytes,
         "bytes_held": stats.bytes_held,
         "hits": stats.hits,
         "misses": stats.misses,
@@ -27,8 +28,8 @@ def cache_as_json(stats: CacheStats) -> dict[str, Any]:
     }
 
 
-def cache_as_text(stats: CacheStats) -> str:
-    """One line in all, then one line for each model, the most recently used last."""
+def cache_as_text(stats: CacheStats, embedding_bytes: int) -> str:
+    """One line in all, then one line for each model, the most recently used last, and one for embeddings."""
     count = len(stats.entries)
     head = (
         f"{count} {'model' if count == 1 else 'models'}, {megabytes(stats.bytes_held)} held; "
@@ -39,4 +40,6 @@ def cache_as_text(stats: CacheStats) -> str:
         f"{megabytes(entry.bytes)}, {entry.hits} hits, {'on the device' if entry.on_device else 'in memory'}"
         for entry in stats.entries
     ]
+    if embedding_bytes:
+        rows.append(f"embeddings asked for lately: {megabytes(embedding_bytes)}")
     return "\n".join([head, *rows])

@@ -6,7 +6,7 @@ from ..nodes import sockets
 from .cache_report import cache_as_json, cache_as_text
 from .choices import check_choice
 from .described import described_once
-from .host import io, model_cache
+from .host import embedding_store, io, let_go, model_cache
 from .model_choice import AUTOMATIC, BUILT_IN, file_names, files_of, model_choices, open_choice
 from .stages import stage
 
@@ -114,7 +114,7 @@ class DuetModelCache(io.ComfyNode):
                     "action",
                     options=ACTIONS,
                     default="report",
-                    tooltip="report: tell what is held. unload: let go of every model first, then tell.",
+                    tooltip="report: tell what is held. unload: let go of every model and embedding first, then tell.",
                 ),
                 io.AnyType.Input("after", optional=True, tooltip="Anything. This node waits for it."),
             ],
@@ -136,6 +136,7 @@ class DuetModelCache(io.ComfyNode):
     @classmethod
     def execute(cls, action: str, after: object = None):
         if action == "unload":
-            model_cache().unload()
-        report = cache_as_text(model_cache().stats())
-        return io.NodeOutput(report, ui={"text": [report], "duet_cache": [cache_as_json(model_cache().stats())]})
+            let_go()
+        told = model_cache().stats(), embedding_store().recent.bytes_held
+        report = cache_as_text(*told)
+        return io.NodeOutput(report, ui={"text": [report], "duet_cache": [cache_as_json(*told)]})

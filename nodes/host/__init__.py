@@ -11,7 +11,7 @@ from .folders import diffusers_folder, diffusers_names, model_folders, picture_f
 from .pictures import picture_place, picture_saver, picture_texts
 from .progress import steps, text_progress
 from .residency import ComfyResidency
-from .stores import embedding_store, model_cache, weights_digests
+from .stores import embedding_store, let_go, model_cache, weights_digests
 
 __all__ = [
     "ComfyExtension",
@@ -24,6 +24,7 @@ __all__ = [
     "host_version",
     "installed_nodes",
     "io",
+    "let_go",
     "model_cache",
     "model_folders",
     "picture_folder",

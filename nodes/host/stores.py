@@ -29,17 +29,18 @@ def model_cache() -> ModelCache:
 @functools.cache
 def _make_cache() -> ModelCache:
     cache = ModelCache(ComfyResidency(), budget_bytes=memory.get_total_memory(torch.device("cpu")) // 2)
-    _empty_when_freed(cache)
+    _empty_when_freed()
     return cache
 
 
 _EMBEDDINGS_BYTES = 2**30  # some thousand prompts, or some hundred of the largest encoders
+_RECENT_BYTES = 2**26  # of these in memory: some hundred prompts, or a dozen of the largest encoders
 
 
 @functools.cache
 def embedding_store() -> EmbeddingStore:
     """The one store of this host, in a folder of its user directory that the host serves to nobody."""
-    return EmbeddingStore(_own_folder() / "embeddings", _EMBEDDINGS_BYTES)
+    return EmbeddingStore(_own_folder() / "embeddings", _EMBEDDINGS_BYTES, recent_bytes=_RECENT_BYTES)
 
 
 @functools.cache
@@ -48,8 +49,14 @@ def weights_digests() -> Digests:
     return Digests(_own_folder() / "digests", reading)
 
 
-def _empty_when_freed(cache: ModelCache) -> None:
-    """Let 'Free model and node cache' empty our cache too.
+def let_go() -> None:
+    """Of every model, and of what is in memory of the store."""
+    model_cache().unload()
+    embedding_store().recent.clear()
+
+
+def _empty_when_freed() -> None:
+    """Let 'Free model and node cache' let go of what is ours too.
 
     The host drops what its node outputs own, and tells nobody. It takes the wish from the queue's flags, between
     prompts and on the one thread that may touch its list of models: so we look on as it does. 'Unload models' alone
@@ -64,7 +71,7 @@ def _empty_when_freed(cache: ModelCache) -> None:
     def get_flags(*arguments, **options):
         flags = take_flags(*arguments, **options)
         if flags.get("free_memory"):
-            cache.unload()
+            let_go()
         return flags
 
     queue.get_flags = get_flags

@@ -7,7 +7,7 @@ import os
 import stat
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -194,12 +194,29 @@ def _check(value: Embeddings) -> None:
 
 def moved(value: Any, device: torch.device) -> Any:
     """The same value with every tensor on ``device`` and contiguous, as it comes from a file."""
+    return _with_each_tensor(value, lambda tensor: tensor.to(device).contiguous())
+
+
+def copied(value: Any) -> Any:
+    """The same value with tensors of its own."""
+    return _with_each_tensor(value, Tensor.clone)
+
+
+def bytes_of(value: Any) -> int:
+    """Of all tensors in it."""
+    sizes: list[int] = []
+    _with_each_tensor(value, lambda tensor: sizes.append(tensor.nbytes) or tensor)
+    return sum(sizes)
+
+
+def _with_each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device).contiguous()
+        return change(value)
     if isinstance(value, tuple | list):
-        return tuple(moved(item, device) for item in value)
+        return tuple(_with_each_tensor(item, change) for item in value)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: _with_each_tensor(item, change) for key, item in value.items()}
     if type(value) in _TYPES.values():
-        return type(value)(**{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+        changed = {field.name: _with_each_tensor(getattr(value, field.name), change) for field in fields(value)}
+        return type(value)(**changed)
     return value

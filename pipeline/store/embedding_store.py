@@ -17,6 +17,7 @@ from torch import Tensor
 from ..files.libraries import library_marks
 from ..files.safetensors_files import CheckpointError
 from .embedding_files import FORMAT, Embeddings, moved, read_embeddings, write_embeddings
+from .recent_embeddings import RecentEmbeddings
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,14 @@ class EmbeddingStore:
     The least recently used make way. Any number of threads and processes may share a folder: a file is there whole or
     not at all. A file under a name of ours that is not what it should be is removed; all others are left alone. A disk
     that is full or read-only costs time, never a result. version: of what makes embeddings, ``code_version`` unless
-    given; those of another are not found.
+    given; those of another are not found. recent_bytes: of those asked for lately that are held in memory too; these
+    are not read, nor checked against their files, again.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int, version: str | None = None) -> None:
+    def __init__(self, folder: Path, budget_bytes: int, version: str | None = None, recent_bytes: int = 0) -> None:
         self.folder = folder
         self.budget_bytes = budget_bytes
+        self.recent = RecentEmbeddings(recent_bytes)
         self.hits = self.misses = 0
         self._version = code_version() if version is None else version
         self._bytes: int | None = None  # in the folder; counted when something is first added
@@ -91,12 +94,14 @@ class EmbeddingStore:
         stored = self._get(digest)
         if stored is None:
             stored = moved(make(), torch.device("cpu"))
+            self.recent.put(digest, stored)
             self._put(digest, stored)
         # Of the kind that `make` gives, and contiguous on the CPU, as files are.
         return stored if device.type == "cpu" else moved(stored, device)  # type: ignore[return-value]
 
     def clear(self) -> int:
-        """Remove every embedding; gives the bytes freed."""
+        """Remove every embedding; gives the bytes freed on disk."""
+        self.recent.clear()
         with self._lock:
             freed = sum(size for size, _, path in self._files() if _removed(path))
             self._bytes = 0
@@ -105,7 +110,10 @@ class EmbeddingStore:
     def _get(self, digest: str) -> Embeddings | None:
         path = self._path(digest)
         try:
-            value = read_embeddings(path)
+            value = self.recent.get(digest)
+            if value is None:
+                value = read_embeddings(path)
+                self.recent.put(digest, value)
         except FileNotFoundError:
             self.misses += 1
             return None

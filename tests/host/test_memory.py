@@ -41,17 +41,18 @@ def test_bytes_counted_are_the_bytes_held(host: ComfyServer, client: Client):
 
 
 def test_free_leaves_none_alive(host: ComfyServer, client: Client):
-    client.run(demo_prompt(host))
+    cache, _ = reports(client.run(with_reports(demo_prompt(host, prompt=uuid.uuid4().hex))))
+    assert cache["embedding_bytes"] > 0
     client.free()
     cache, probe = reports(client.run(only_reports()))
-    assert cache["entries"] == []
+    assert (cache["entries"], cache["embedding_bytes"]) == ([], 0)
     assert (cache["bytes_held"], probe["alive"], probe["bytes_alive"], probe["host_counts"]) == (0, 0, 0, 0)
 
 
 def test_unload_in_the_graph_leaves_none_alive(host: ComfyServer, client: Client):
     client.run(with_reports(demo_prompt(host, seed=1), action="unload"))
     cache, probe = reports(client.run(only_reports()))
-    assert (cache["entries"], probe["alive"]) == ([], 0)
+    assert (cache["entries"], cache["embedding_bytes"], probe["alive"]) == ([], 0, 0)
 
 
 def test_what_the_graph_does_not_use_is_not_loaded(host: ComfyServer, client: Client):
