@@ -1,40 +1,32 @@
 """FusedConditioning -> pictures: a few denoising steps, then the decoder, as a speed plan has them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import ParamSpec
 
-import torch
 from torch import Tensor
 
-from .acceleration.applied import Applied, Decoders, open_decoders, use_denoiser
-from .acceleration.measuring import psnr, ssim
-from .acceleration.precision import decoder_precision
-from .acceleration.schedules import Schedule, schedule_for
-from .acceleration.work import Work
-from .checkpoints import Checkpoint, fresh_scheduler
-from .conditioning import FusedConditioning, GenerationReport, Pictures
-from .denoising.batches import kept_outside, on_device, source_for, together
-from .denoising.checks import check_channels, check_numbers, check_sigmas, check_space
-from .denoising.diffusers_generation import Source, draw
-from .denoising.frame import Frame, frame_for, resized
-from .denoising.latents import channels_of, decode_or_tile, generators, noise, preview, seeds_of, use_vae
-from .denoising.measures import Meter
-from .denoising.nan_guard import NanGuard
-from .denoising.unet_sampler import denoise
-from .denoising.walks import steps_walked
+from .acceleration.schedules import schedule_for
+from .checkpoints import Checkpoint
+from .conditioning import FusedConditioning, Pictures
+from .denoising.batches import source_for, together
+from .denoising.checks import check_numbers, check_sigmas, check_space
+from .denoising.frame import frame_for
+from .denoising.latents import seeds_of
+from .drawing import Drawing, OnStep, Preview, Task
 from .fusing.ways import in_one_way
 from .model_cache import ModelCache
-from .private_views import pictures_shown
-from .residency import OutOfDeviceMemory, is_out_of_memory, place_of
+from .residency import OutOfDeviceMemory
 from .speed_plan import EXACT, SpeedPlan
 
-Preview = Callable[[], Tensor]
-OnStep = Callable[[int, int, Preview], None]
-Drawn = TypeVar("Drawn")
+__all__ = ["OnStep", "Preview", "drawn_in_turn", "generate", "planned"]
+
+P = ParamSpec("P")
 
 
-def generate(
+def planned(
     cache: ModelCache,
     checkpoint: Checkpoint,
     conditioning: FusedConditioning,
@@ -51,7 +43,7 @@ def generate(
     sigmas: Sequence[float] | None = None,
     plan: SpeedPlan = EXACT,
     on_step: OnStep | None = None,
-) -> Pictures:
+) -> Drawing:
     """``batch_size`` pictures for each entry of the conditioning's batch, or the image's, in that order.
 
     Picture i draws its noise from a generator seeded ``seed + i``, or ``seed[i]`` where there is one for each, on the
@@ -80,174 +72,58 @@ def generate(
     source, told = source_for(checkpoint, frame, image, mask, strength, schedule.num_inference_steps)
     conditioning, source = together(conditioning, source, batch_size)
     conditioning = in_one_way(conditioning, seeds_of(seed, conditioning.tokens.shape[0]))
-    task = _Task(cache, checkpoint, conditioning, source, frame, seed, schedule, sigmas, image, mask, on_step)
-    pictures = _or_out_of_memory(cache, lambda: _pictures(task, plan))
-    if isinstance(pictures, str):
-        raise OutOfDeviceMemory(
-            f"{checkpoint.folder.name}: {conditioning.tokens.shape[0]} of {frame.width}x{frame.height} did not fit "
-            f"into memory while they were drawn; choose a smaller size or batch ({pictures})"
-        )
-    if plan.measure_loss:
-        pictures = _compared(pictures, task, plan)
-    return replace(pictures, notices=conditioning.notices + frame.notices + schedule.notices + told + pictures.notices)
+    told = conditioning.notices + frame.notices + schedule.notices + told
+    task = Task(cache, checkpoint, conditioning, source, frame, seed, schedule, sigmas, image, mask, on_step, told)
+    return Drawing(task, plan)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is drawn, whatever shortcuts are taken."""
+def _drawn_at_once(plan: Callable[P, Drawing]) -> Callable[P, Pictures]:
+    @functools.wraps(plan, assigned=("__module__", "__doc__"))
+    def generate(*arguments: P.args, **settings: P.kwargs) -> Pictures:
+        drawing = plan(*arguments, **settings)
+        drawing.denoise()
+        return drawing.pictures()
 
-    cache: ModelCache
-    checkpoint: Checkpoint
-    conditioning: FusedConditioning
-    source: Source | None
-    frame: Frame
-    seed: int | Sequence[int]
-    schedule: Schedule
-    sigmas: Sequence[float] | None
-    image: Tensor | None
-    mask: Tensor | None
-    on_step: OnStep | None
+    return generate
 
 
-def _pictures(task: _Task, plan: SpeedPlan) -> Pictures:
-    meter, guard = Meter(task.cache), NanGuard(task.checkpoint.folder.name)
-    work, attempts, told = Work(), [], []
-    decoders = open_decoders(task.checkpoint, plan)
-
-    def denoised(again: bool) -> tuple[tuple[Tensor, ...], str]:
-        attempts.append(Applied(work))
-        return _denoised(task, plan.in_float32() if again else plan, decoders, attempts[-1])
-
-    def decoded(again: bool) -> tuple[tuple[Tensor, ...], str]:
-        return _decoded(task, latents, plan.in_float32() if again else plan, decoders, told)
-
-    with meter.stage("generation"):
-        (latents,) = guard.finite("denoising", denoised)
-    with meter.stage("decode"):
-        pixels, alpha = guard.finite("decoding", decoded)
-    pixels, alpha = resized(pixels, alpha, task.frame)
-    if task.image is not None and task.mask is not None:
-        pixels = kept_outside(pixels, task.image, task.mask)
-    applied = attempts[-1]
-    hits, misses = meter.uses()
-    report = GenerationReport(
-        plan=plan.name,
-        shortcuts=(*applied.shortcuts, *([f"decoder {decoders.result.name}"] if decoders.result else [])),
-        milliseconds=meter.milliseconds,
-        steps_computed=work.steps_computed,
-        steps_skipped=work.steps_from_cache,
-        blocks_computed=work.blocks_computed,
-        blocks_skipped=work.blocks_skipped,
-        dtype=applied.precision,
-        device=str(task.cache.residency.device),
-        cache_hits=hits,
-        cache_misses=misses,
-        model_bytes=meter.model_bytes(),
-        peak_bytes=meter.peak_bytes(),
-        retries=tuple(guard.retries),
-    )
-    # The latents go along for the host's own nodes, which decode, upscale and sample them further.
-    latents = latents.float().cpu()
-    latents = latents[:, :, 0] if latents.ndim == 5 else latents
-    notices = (*applied.notices, *guard.notices, *dict.fromkeys(told))
-    return Pictures(pixels, alpha, meter.milliseconds, report, notices, latents)
+generate = _drawn_at_once(planned)
 
 
-def _denoised(task: _Task, plan: SpeedPlan, decoders: Decoders, applied: Applied) -> tuple[tuple[Tensor, ...], str]:
-    """Latents, and the precision of the denoiser that gave them."""
-    cache, checkpoint, conditioning = task.cache, task.checkpoint, task.conditioning
-    family, frame, source, schedule = checkpoint.family, task.frame, task.source, task.schedule
-    name = "unet" if checkpoint.has("unet") else "transformer"
-    scheduler = fresh_scheduler(schedule.scheduler)  # since it counts its steps
-    steps = schedule.num_inference_steps
-    if task.sigmas is None and (plan.unet_cache > 1 or plan.step_cache > 0):
-        steps = steps_walked(scheduler, steps, family, source)
-    with (
-        use_vae(cache, checkpoint, decoder_precision(checkpoint, plan, cache.residency.device)) as vae,
-        decoders.use_for_looks(cache, vae) as looks,
-        use_denoiser(cache, checkpoint, name, plan, steps, applied) as denoiser,
-        torch.inference_mode(),
-    ):
+def drawn_in_turn(drawings: Iterable[Drawing], *, beside: bool) -> Iterator[Pictures]:
+    """Pictures of each, in order, each planned when the one before it is denoised.
 
-        def look(step: int, total: int, latents: Callable[[], Tensor]) -> None:
-            if task.on_step is not None:
-                task.on_step(step, total, lambda: preview(looks, latents()))
-
-        shown = pictures_shown(checkpoint.adapters, name, denoiser, conditioning.tokens.shape[0])
-        if name == "unet" and family.tasks is not None:
-            check_channels(checkpoint, denoiser, source)
-        if family.own_sampler and source is None:
-            sources = generators(task.seed, conditioning.tokens.shape[0])
-            shape = (channels_of(vae), frame.height // family.downscale, frame.width // family.downscale)
-            latents = denoise(
-                denoiser,
-                scheduler,
-                noise(shape, sources).to(*place_of(denoiser)),
-                on_device(conditioning, denoiser),
-                num_inference_steps=schedule.num_inference_steps,
-                guidance_scale=schedule.guidance_scale,
-                start_noise=family.start_noise,
-                generators=sources,
-                sigmas=task.sigmas,
-                image_embeds=shown,
-                closes=frame.closes,
-                on_step=lambda step, total, now: look(step, total, lambda: now),
-            )
-        else:
-            latents = draw(
-                checkpoint,
-                denoiser,
-                vae,
-                conditioning,
-                scheduler=scheduler,
-                seed=task.seed,
-                num_inference_steps=schedule.num_inference_steps,
-                guidance_scale=schedule.guidance_scale,
-                width=frame.width,
-                height=frame.height,
-                source=source,
-                image_embeds=shown,
-                on_step=look,
-            )
-        return (latents,), applied.precision
+    beside: each is decoded on another thread while the next is denoised; where memory runs out for the two, the first
+    is finished before the second is tried again. Nothing stays pinned, whatever ends this.
+    """
+    before: Drawing | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="duet-decode") as executor:
+        try:
+            for drawing in drawings:
+                denoised = _denoised(drawing, alone=before is None)
+                if before is not None:
+                    yield before.pictures()
+                    before = None
+                if not denoised:
+                    drawing.denoise()
+                if beside:
+                    drawing.decode_beside(executor)
+                    before = drawing
+                else:
+                    yield drawing.pictures()
+            if before is not None:
+                yield before.pictures()
+        finally:
+            if before is not None:
+                before.close()
 
 
-def _decoded(
-    task: _Task, latents: Tensor, plan: SpeedPlan, decoders: Decoders, told: list[str]
-) -> tuple[tuple[Tensor, ...], str]:
-    """Pixels and alpha on the CPU, and the precision of the decoder that gave them."""
-    with decoders.use(task.cache, task.checkpoint, plan) as vae, torch.inference_mode():
-        pixels, alpha, tiled = decode_or_tile(vae, latents, task.frame.closes)
-        if tiled:
-            told.append("decoded in tiles, since the whole did not fit into memory")
-        return (pixels, alpha), str(place_of(vae)[1]).removeprefix("torch.")
-
-
-def _compared(pictures: Pictures, task: _Task, plan: SpeedPlan) -> Pictures:
-    """With the loss in its report, and a further stage for what it took to measure."""
-    if not plan.takes_shortcuts:
-        return replace(pictures, notices=(*pictures.notices, "no loss to measure, since the plan takes no shortcut"))
-    meter = Meter(task.cache)
-    with meter.stage("comparison"):
-        exact = _or_out_of_memory(task.cache, lambda: _pictures(task, plan.exact()))
-    if isinstance(exact, str):
-        told = f"the loss was not measured, since the exact pictures did not fit into memory ({exact})"
-        return replace(pictures, notices=(*pictures.notices, told))
-    one, other = (1 + side.alpha * (side.pixels - 1) for side in (pictures, exact))
-    spent = {**pictures.milliseconds, **meter.milliseconds}
-    report = replace(pictures.report, milliseconds=spent, psnr=psnr(one, other).mean, ssim=ssim(one, other).mean)
-    return replace(pictures, milliseconds=spent, report=report)
-
-
-def _or_out_of_memory(cache: ModelCache, attempt: Callable[[], Drawn]) -> Drawn | str:
-    """What it gives, or what was said when memory ran out while drawing; not while loading, which says it better."""
+def _denoised(drawing: Drawing, *, alone: bool) -> bool:
+    """False where memory ran out and another has some of it."""
     try:
-        return attempt()
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfDeviceMemory) or not is_out_of_memory(error):
+        drawing.denoise()
+    except OutOfDeviceMemory:
+        if alone:
             raise
-        said = str(error).partition("\n")[0][:200]
-    # Out here, where the frames of the failed attempt are gone, and with them what it had on the device.
-    if cache.residency.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return said
+        return False
+    return True

@@ -111,7 +111,7 @@ def test_prompts_of_other_lengths_are_drawn_apart(warm: ModelCache, stable_diffu
 
 
 def test_each_prompt_and_the_picture_are_read_once(warm: ModelCache, shipped: Checkpoint, monkeypatch):
-    calls = {"encode_prompt": 0, "encode_image": 0, "fuse": 0, "generate": 0}
+    calls = {"encode_prompt": 0, "encode_image": 0, "fuse": 0, "planned": 0}
     for name in calls:
         real = getattr(grids, name)
 
@@ -122,7 +122,7 @@ def test_each_prompt_and_the_picture_are_read_once(warm: ModelCache, shipped: Ch
         monkeypatch.setattr(grids, name, counted)
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
     draw_grid(warm, shipped, prompts, [1, 2], [0.2, 0.8], image=picture(), at_once=5, **SMALL)
-    assert calls == {"encode_prompt": 2, "encode_image": 1, "fuse": 4, "generate": 3}
+    assert calls == {"encode_prompt": 2, "encode_image": 1, "fuse": 4, "planned": 3}
 
 
 def test_what_was_read_before_comes_from_the_store(warm: ModelCache, shipped: Checkpoint, tmp_path: Path):
