@@ -3,7 +3,7 @@
 aba_third_over_warm: a whole run of a model after another one was used, over a run straight after its own; two copies of
 the built-in model with different weights, in memory together, medians of interleaved runs. shared_component_*: two
 checkpoints with the same text encoder and autoencoder; bytes saved, and those that are equal. embed_*: a prompt that
-was asked for lately and so is in memory, against reading a text encoder of CLIP-L's size (123 million parameters,
+was made lately and so is in memory, against reading a text encoder of CLIP-L's size (123 million parameters,
 random) and encoding; *_on_disk: one that is not in memory any more; the hit after a restart is the first of a new
 process, opening the store included; the median of five. leak_bytes_after_50: bytes of all
 tensors alive after 50 further runs of models in turn that do not fit together. evictions_over_optimal: bytes that

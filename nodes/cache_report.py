@@ -41,5 +41,5 @@ def cache_as_text(stats: CacheStats, embedding_bytes: int) -> str:
         for entry in stats.entries
     ]
     if embedding_bytes:
-        rows.append(f"embeddings asked for lately: {megabytes(embedding_bytes)}")
+        rows.append(f"embeddings made lately: {megabytes(embedding_bytes)}")
     return "\n".join([head, *rows])

@@ -70,8 +70,8 @@ class EmbeddingStore:
     The least recently used make way. Any number of threads and processes may share a folder: a file is there whole or
     not at all. A file under a name of ours that is not what it should be is removed; all others are left alone. A disk
     that is full or read-only costs time, never a result. version: of what makes embeddings, ``code_version`` unless
-    given; those of another are not found. recent_bytes: of those asked for lately that are held in memory too; these
-    are not read, nor checked against their files, again.
+    given; those of another are not found. recent_bytes: of those made lately that are held in memory too, and
+    neither read nor checked again. Those read are not: the first after a start would wait for the copy.
     """
 
     def __init__(self, folder: Path, budget_bytes: int, version: str | None = None, recent_bytes: int = 0) -> None:
@@ -110,10 +110,7 @@ class EmbeddingStore:
     def _get(self, digest: str) -> Embeddings | None:
         path = self._path(digest)
         try:
-            value = self.recent.get(digest)
-            if value is None:
-                value = read_embeddings(path)
-                self.recent.put(digest, value)
+            value = self.recent.get(digest) or read_embeddings(path)
         except FileNotFoundError:
             self.misses += 1
             return None

@@ -1,4 +1,4 @@
-"""Embeddings that were asked for lately, in memory: what lies before the disk."""
+"""Embeddings that were made lately, in memory: what lies before the disk."""
 
 import threading
 from collections import OrderedDict
