@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -107,7 +108,7 @@ def _told(value: object, tensors: dict[str, Tensor]) -> Any:
 
 
 def _read(path: Path, file: io.FileIO, size: int) -> Embeddings:
-    """The header is read once, and the tensors are views of one buffer, into which the file goes without a copy."""
+    """The header is read once, and the tensors lie in one buffer, into which the file goes without a copy."""
     length = int.from_bytes(file.read(8), "little")
     if length > _MOST_NOTES:
         raise ValueError(f"expected a header of at most {_MOST_NOTES:,} bytes, it claims {length:,}")
@@ -118,24 +119,23 @@ def _read(path: Path, file: io.FileIO, size: int) -> Embeddings:
     stop = max((entry.stop for entry in entries.values()), default=start)
     if stop != size:
         raise ValueError(f"its header describes {stop:,} bytes, the file has {size:,}")
-    data = torch.empty(stop - start, dtype=torch.uint8)
-    seen = data.numpy().data
+    data = np.empty(stop - start, dtype=np.uint8)  # a process that starts has numpy at hand before torch
     while start < stop:
-        got = file.readinto(seen[start - stop :])
+        got = file.readinto(data[start - stop :])
         if not got:
             raise ValueError(f"expected {stop:,} bytes, read {start:,}")
         start += got
     return _value(entries, metadata, data, stop - len(data))
 
 
-def _value(entries: Mapping[str, TensorEntry], metadata: Any, data: Tensor, start: int) -> Embeddings:
+def _value(entries: Mapping[str, TensorEntry], metadata: Any, data: np.ndarray, start: int) -> Embeddings:
     """What is described, of the bytes that ``data`` holds from ``start`` of the file on."""
     notes = json.loads(metadata.get("duet", "{}")) if isinstance(metadata, dict) else None
     if not isinstance(notes, dict) or notes.get("format") != FORMAT:
         raise ValueError(f"its metadata has no {FORMAT}")
-    seen, total = data.numpy().data, 0
+    total = 0
     for _, entry in sorted(entries.items()):
-        total = zlib.crc32(seen[entry.start - start : entry.stop - start], total)
+        total = zlib.crc32(data[entry.start - start : entry.stop - start], total)
     if notes.get("crc32") != total:
         raise ValueError("its tensors have changed since")
     tensors = {name: _tensor(entry, data[entry.start - start : entry.stop - start]) for name, entry in entries.items()}
@@ -146,13 +146,15 @@ def _value(entries: Mapping[str, TensorEntry], metadata: Any, data: Tensor, star
     return value
 
 
-def _tensor(entry: TensorEntry, data: Tensor) -> Tensor:
+def _tensor(entry: TensorEntry, data: np.ndarray) -> Tensor:
     if entry.dtype not in _DTYPES:
         raise ValueError(f"expected tensors of {', '.join(_DTYPES)}, found {shown(entry.dtype)}")
     dtype = _DTYPES[entry.dtype]
+    if not len(data):  # which torch makes no tensor of
+        return torch.empty(entry.shape, dtype=dtype)
     # The format does not promise that a tensor begins where its type may; safetensors itself writes them so.
-    aligned = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
-    return aligned.view(dtype).view(entry.shape)
+    aligned = data if data.ctypes.data % dtype.itemsize == 0 else data.copy()
+    return torch.frombuffer(aligned, dtype=dtype).view(entry.shape)
 
 
 def _meant(told: Any, tensors: Mapping[str, Tensor]) -> Any:
