@@ -5,6 +5,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from .choice import Choice
+
 
 class FusionNetwork(ModelMixin, ConfigMixin):
     """Pre-norm residual MLP from one text vector and one image vector to a grid of tokens.
@@ -12,6 +14,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
     A side that is missing is replaced by a learned null vector, so text alone, picture alone and both are three inputs
     of one function. The tokens lie on the latents' grid: they are the mean picture, which the generator sharpens.
     ways: how many null vectors stand for no picture, each a way of its own to draw what the words leave open.
+    chooses: words beside a picture are drawn in one of those ways where the two together mean nothing clear.
     """
 
     @register_to_config
@@ -26,6 +29,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         channels: int = 16,
         gated: bool = False,
         ways: int = 1,
+        chooses: bool = False,
     ) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(text_width)
@@ -37,18 +41,31 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.exit_norm = nn.LayerNorm(width)
         self.exit = nn.Linear(width, grid * grid * channels)
         self._shape = (grid * grid, channels)
+        self.choice = Choice(ways, channels, image_width) if chooses else None
 
     def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
         """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels).
 
         Without a picture (B, ways*grid*grid, channels), one way after the other.
         """
+        if text is not None and image is not None and self.choice is not None:
+            pictures, seen = self.candidates(text, image)
+            return pictures[torch.arange(len(pictures)), self.choice(pictures, seen).argmax(dim=1)]
         known = text if text is not None else image
         batch = known.shape[0] if known is not None else batch_size or 1
         left = self.null_text.expand(batch, -1) if text is None else self.text_norm(text)
         right = self.null_image.expand(batch, -1, -1) if image is None else self.image_norm(image)[:, None]
         joined = torch.cat([left[:, None].expand(-1, right.shape[1], -1), right], dim=-1)
         return self.fuse_normalised(joined).flatten(1, 2)
+
+    def candidates(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1 + ways, grid*grid, channels), what both mean together and then the words in each of their ways; and the
+        image (B, image_width), normalised.
+        """
+        left, seen = self.text_norm(text), self.image_norm(image)
+        right = torch.cat([seen[:, None], self.null_image.expand(len(seen), -1, -1)], dim=1)
+        joined = torch.cat([left[:, None].expand(-1, right.shape[1], -1), right], dim=-1)
+        return self.fuse_normalised(joined), seen
 
     def fuse_normalised(self, joined: Tensor) -> Tensor:
         """joined: (..., text_width + image_width), each side normalised or null -> (..., grid*grid, channels)."""

@@ -14,7 +14,7 @@ import numpy as np
 
 Curve = Mapping[str, np.ndarray]  # "step" and each loss, by name, all of one length
 
-STAGES = ("text", "vision", "autoencoder", "fusion", "generator", "finish")
+STAGES = ("text", "vision", "autoencoder", "fusion", "choice", "generator", "finish")
 COLUMNS = 3
 # Read together with the others they would flatten the axis, and say little: sizes of latents, and who is fooled.
 LEFT_OUT = frozenset({"step", "size", "adversary", "fooling", "smoothness"})

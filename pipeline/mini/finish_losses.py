@@ -96,10 +96,24 @@ class LineUp:
 
     def __call__(self, gists: Tensor, rows: np.ndarray) -> Tensor:
         """gists: (B, 1280) of what was drawn for each of ``rows`` (B,), drawings over white."""
-        right = torch.from_numpy(np.searchsorted(self.rows, rows)).to(gists.device)
-        likeness = gists @ self._gists.T / SHARPNESS
-        among = [
-            F.cross_entropy(likeness.masked_fill(labels != labels[right][:, None], -torch.inf), right)
-            for labels in self._labels
-        ]
-        return torch.stack(among).sum()
+        right = self._places(rows)
+        return torch.stack(
+            [F.cross_entropy(likeness / SHARPNESS, right) for likeness in self._among(gists, right)]
+        ).sum()
+
+    def ranks(self, gists: Tensor, rows: np.ndarray) -> list[Tensor]:
+        """Of each: how many of its style, and how many of its concept, (B,) each, are likelier than what was meant."""
+        right = self._places(rows)
+        return [(each > each.gather(1, right[:, None]) + 1e-6).sum(dim=1) for each in self._among(gists, right)]
+
+    def gists_of(self, rows: np.ndarray) -> Tensor:
+        """(B, 1280) of the drawings themselves."""
+        return self._gists[self._places(rows)]
+
+    def _places(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.searchsorted(self.rows, rows)).to(self._gists.device)
+
+    def _among(self, gists: Tensor, right: Tensor) -> list[Tensor]:
+        """Cosines with all drawings (B, N), those of other styles left out, and those of other concepts."""
+        cosines = gists @ self._gists.T
+        return [cosines.masked_fill(labels != labels[right][:, None], -torch.inf) for labels in self._labels]

@@ -13,6 +13,7 @@ from ..denoising.unet_sampler import stretched
 from ..fusing.fusion_network import FusionNetwork
 from .catalogue import STYLES
 from .loop import Plan, device, run_stage, seeded
+from .pictures import PictureSet
 from .scenes.scene_set import LAYOUTS
 from .training_set import TrainingSet
 
@@ -36,6 +37,9 @@ SAID_WEIGHT = {
     2: [((0.125, 0.375, 0.4375, 0.625), 4.0), ((0.5625, 0.375, 0.875, 0.625), 4.0)],
 }
 ENDS_WEIGHT = 0.5  # of the difference of the errors at a panorama's two ends, which meet only where it is small
+
+
+NOTHING = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Tables:
     def latents_of(self, rows: np.ndarray) -> Tensor:
         """Rows of panoramas alone, or of none."""
         wide = rows - self.wide_from
-        return self.wide[_index(wide)] if 0 <= wide[0] < len(self.wide) else self.square[_index(rows)]
+        return self.wide[index(wide)] if 0 <= wide[0] < len(self.wide) else self.square[index(rows)]
 
     @property
     def grid_and_channels(self) -> tuple[int, int]:
@@ -92,20 +96,25 @@ class Batch:
 
 
 class Examples:
-    """Draws batches: which picture is meant, by which words, in the style of which other picture."""
+    """Draws batches: which picture is meant, by which words, in the style of which other picture.
 
-    def __init__(self, pictures: TrainingSet, tables: Tables) -> None:
+    without: rows of drawings that are never meant, besides those that are held out.
+    """
+
+    def __init__(self, pictures: TrainingSet, tables: Tables, without: np.ndarray = NOTHING) -> None:
         self._tables = tables
-        self._rows = pictures.training_rows()
+        drawings, *scenes = pictures.training_rows()
+        self._rows = (np.setdiff1d(drawings, without), *scenes)
         self._first_scene = pictures.starts[1]
         self._layouts = np.concatenate([scene.layouts for scene in pictures.scenes])
         self._of_layout = [_Pools(self._layouts[rows - self._first_scene], rows, LAYOUTS) for rows in self._rows[1:]]
         emoji, trained = pictures.emoji, self._rows[0]
         self._concept, self._style = emoji.concept, emoji.style
         self._of_style = _Pools(self._style[trained], trained, len(STYLES))
-        self._drawings = _by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
+        self._drawings = by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
         # Words in a way whose drawing is held out stand for nothing: another style's would teach the wrong answer.
-        held = emoji.held_out().pairs
+        pairs = emoji.pairs
+        held = emoji.held_out().pairs | {pairs[row] for row in without}
         taught = [(c, w) for c in range(len(emoji.concepts)) for w in range(len(WAYS)) if (c, WAYS[w]) not in held]
         of_concept, ways = np.array(taught).T
         self._ways = _Pools(of_concept, ways, len(emoji.concepts))
@@ -113,6 +122,13 @@ class Examples:
         self._names, self._keywords = (
             _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
         )
+
+    def meant(self, step: int, rows: np.ndarray) -> Batch:
+        """Drawings ``rows``, each by its name and another picture in its style."""
+        pick = np.random.default_rng([step, 8])
+        yes = np.ones(len(rows), dtype=bool)
+        text = self._tables.captions[index(self._names.draw(pick, self._concept[rows]))]
+        return _batch(text, self._style_or_content(pick, rows, yes), yes, yes, rows, np.zeros_like(rows))
 
     def draw(self, step: int, size: int, shares: Sequence[float] = DOMAIN_SHARES) -> Batch:
         """shares: of emoji, panoramas and phantoms, one domain after the other."""
@@ -130,7 +146,7 @@ class Examples:
         concepts = self._concept[rows]
         by_name = (pick.random(size) < NAME_SHARE) | ~self._keywords.has(concepts)
         captions = np.where(by_name, self._names.draw(pick, concepts), self._keywords.draw(pick, concepts))
-        text = self._tables.captions[_index(captions)]
+        text = self._tables.captions[index(captions)]
         return _batch(text, self._style_or_content(pick, rows, has_text), has_text, has_image, rows, way)
 
     def _style_or_content(self, pick: np.random.Generator, rows: np.ndarray, has_text: np.ndarray) -> Tensor:
@@ -139,7 +155,7 @@ class Examples:
         several = has_text & (pick.random(len(rows)) < TOGETHER_SHARE)
         shares = np.where(several[:, None], pick.dirichlet([0.5] * TOGETHER, len(rows)), np.eye(TOGETHER)[0])
         shown = [self._shown(pick, np.where(has_text, other, rows)) for other in others]
-        return (_index(shares.T[..., None].astype(np.float32)) * torch.stack(shown)).sum(dim=0)
+        return (index(shares.T[..., None].astype(np.float32)) * torch.stack(shown)).sum(dim=0)
 
     def _scenes(self, pick: np.random.Generator, domain: int, size: int) -> Batch:
         """A picture beside words shows the layout, which is all that they leave open."""
@@ -148,20 +164,20 @@ class Examples:
         layout = self._layouts[rows - self._first_scene]
         seen = np.where(has_text, self._of_layout[domain - 1].draw(pick, layout), rows)
         captions = self._tables.scene_captions
-        text = captions[_index(rows - self._first_scene), _index(pick.integers(0, captions.shape[1], size))]
+        text = captions[index(rows - self._first_scene), index(pick.integers(0, captions.shape[1], size))]
         return _batch(text, self._shown(pick, seen), has_text, has_image, rows, layout)
 
     def _shown(self, pick: np.random.Generator, rows: np.ndarray) -> Tensor:
         """One view of each."""
         views = self._tables.features.shape[1]
-        return self._tables.features[_index(rows), _index(pick.integers(0, views, len(rows)))]
+        return self._tables.features[index(rows), index(pick.integers(0, views, len(rows)))]
 
 
-def _index(rows: np.ndarray) -> Tensor:
+def index(rows: np.ndarray) -> Tensor:
     return torch.from_numpy(rows).to(device())
 
 
-def _by_way(concept: np.ndarray, style: np.ndarray, rows: np.ndarray, concepts: int) -> np.ndarray:
+def by_way(concept: np.ndarray, style: np.ndarray, rows: np.ndarray, concepts: int) -> np.ndarray:
     """(WAYS, concepts): the row that words alone mean. A concept not drawn in a way's style is drawn in the first that
     there is, those of WAYS before the others; -1 where there is none at all.
     """
@@ -199,7 +215,7 @@ def _given(pick: np.random.Generator, size: int, both: float, words: float) -> t
 def _batch(
     text: Tensor, image: Tensor, has_text: np.ndarray, has_image: np.ndarray, rows: np.ndarray, way: np.ndarray
 ) -> Batch:
-    return Batch(text, image, _index(has_text)[:, None], _index(has_image)[:, None], rows, _index(way))
+    return Batch(text, image, index(has_text)[:, None], index(has_image)[:, None], rows, index(way))
 
 
 def _joined(parts: Sequence[Batch]) -> Batch:
@@ -241,25 +257,41 @@ def said_weight(grid: int) -> Tensor:
 def new_fusion(tables: Tables) -> FusionNetwork:
     """It begins with the mean of all pictures for an answer."""
     grid, channels = tables.grid_and_channels
-    network = FusionNetwork(hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS))
+    network = FusionNetwork(
+        hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS), chooses=True
+    )
     with torch.no_grad():
         network.exit.bias.copy_(tables.means().mean(0).flatten())
     return network
 
 
+def strange_rows(pictures: PictureSet) -> np.ndarray:
+    """Of each concept with three drawings or more to learn from, one: as many as are held out of it for measuring."""
+    pick = np.random.default_rng(5)
+    rows = pick.permutation(pictures.training_rows())
+    _, first, count = np.unique(pictures.concept[rows], return_index=True, return_counts=True)
+    return np.sort(rows[first[count >= 3]])
+
+
 def train_fusion(
-    work: Path, pictures: TrainingSet, tables: Tables, network: FusionNetwork, plan: Plan
+    work: Path,
+    pictures: TrainingSet,
+    tables: Tables,
+    network: FusionNetwork,
+    plan: Plan,
+    name: str = "fusion",
+    without: np.ndarray = NOTHING,
 ) -> FusionNetwork:
     """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128."""
     torch.manual_seed(0)
-    examples = Examples(pictures, tables)
+    examples = Examples(pictures, tables, without)
     means, weights = tables.means(), said_weight(tables.grid_and_channels[0]).to(device())
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = examples.draw(step, plan.batch)
         made = fused(network, drawn, 0.05, seeded(step))
         domain = pictures.domain_of(drawn.rows)
-        wanted, weight = means[_index(drawn.rows)], weights[_index(domain)]
+        wanted, weight = means[index(drawn.rows)], weights[index(domain)]
         emoji = int((domain == 0).sum())  # they come first
         error = made.float() - wanted
         apart = (error.square().mean(dim=2) * weight).mean(dim=1)
@@ -272,5 +304,5 @@ def train_fusion(
             "ends": ENDS_WEIGHT * ends.sum() / plan.batch,
         }
 
-    run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
+    run_stage(name, work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network

@@ -23,8 +23,9 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, R
 
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import deepened, encode_pictures, new_autoencoder, train_autoencoder
+from .choice_stage import train_choice
 from .finish_stage import train_finish
-from .fusion_stage import Tables, new_fusion, train_fusion
+from .fusion_stage import Tables, new_fusion, strange_rows, train_fusion
 from .generator_stage import new_generator, train_generator
 from .loop import Plan, device, seeded
 from .pictures import PictureSet
@@ -50,6 +51,8 @@ ON_CPU = {
     "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(4000, 32, learning_rate=2e-3, warmup=100, weight_decay=0.0),
     "fusion": Plan(40_000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "fold": Plan(6000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
+    "choice": Plan(1500, 128, learning_rate=2e-3, warmup=50, weight_decay=0.05),
     "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
     "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
 }
@@ -58,11 +61,14 @@ ON_GPU = {
     "vision": Plan(3000, 256, learning_rate=2e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(6000, 64, learning_rate=2e-3, warmup=200, weight_decay=0.0),
     "fusion": Plan(15_000, 4096, learning_rate=2e-3, warmup=300, weight_decay=0.0),
+    "fold": Plan(3000, 4096, learning_rate=2e-3, warmup=300, weight_decay=0.0),
+    "choice": Plan(1500, 128, learning_rate=2e-3, warmup=50, weight_decay=0.05),
     "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
+ALWAYS_ANEW = ("fold", "choice")  # a finished model has seen what a fold must not, and a choice takes minutes
 VIEWS = 4  # of each picture, the first one clean
 
 COMPONENTS = {
@@ -96,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="the folder to write at the end; model in --work unless given")
     chosen = parser.parse_args(arguments)
     if "autoencoder" in {*chosen.again, *chosen.anew}:  # other latents, of which nothing has learned yet
-        chosen.anew = [*chosen.anew, "fusion", "generator", "finish"]
+        chosen.anew = [*chosen.anew, "fusion", "choice", "generator", "finish"]
     _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
@@ -108,19 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def plan_of(stage: str) -> Plan:
         plan = plans[stage]
-        goes_on = chosen.start is not None and stage not in chosen.anew
+        goes_on = chosen.start is not None and stage not in {*chosen.anew, *ALWAYS_ANEW}
         return replace(plan, learning_rate=chosen.again_rate * plan.learning_rate) if goes_on else plan
 
     def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
         """The finished part from the work folder; trained first, from the start or from nothing, if it is not there."""
         if not (work / stage).exists():
-            start = None if stage in chosen.anew else chosen.start
+            start = None if stage in {*chosen.anew, *ALWAYS_ANEW} else chosen.start
             begun = new() if start is None else _read(start / name, kind)
             taught = train(begun, plan_of(stage)) if start is None or stage in chosen.again else begun
-            partial = work / f"{stage}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            taught.save_pretrained(partial)
-            partial.rename(work / stage)
+            _keep(work / stage, taught)
         return _read(work / stage, kind).to(device()).eval().requires_grad_(False)
 
     pictures = load_training_set(work, chosen.size)
@@ -149,6 +152,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
         lambda begun, plan: train_fusion(work, pictures, tables, begun, plan),
     )  # fmt: skip
+    if "fold" not in wanted:
+        return
+
+    def fold() -> FusionNetwork:
+        """Part of no model: see ``choice_stage``."""
+        return part(
+            "fold", "fusion", FusionNetwork, lambda: new_fusion(tables),
+            lambda begun, plan: train_fusion(work, pictures, tables, begun, plan, "fold", strange_rows(pictures.emoji)),
+        )  # fmt: skip
+
+    if "choice" not in wanted:
+        fold()
+        return
+    if chosen.start is None or "choice" in {*chosen.again, *chosen.anew}:
+        if not (work / "choice").exists():
+            _keep(work / "choice", train_choice(work, pictures, tables, fusion, fold(), vae, plan_of("choice")))
+        fusion = _read(work / "choice", FusionNetwork).to(device()).eval().requires_grad_(False)
     if "generator" not in wanted:
         return
     unet = part(
@@ -163,6 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
+
+
+def _keep(folder: Path, part: Any) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    part.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def _read(folder: Path, kind: Any) -> Any:

@@ -12,6 +12,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
+from pipeline.mini import choice_stage
 from pipeline.mini.autoencoder import (
     DECODER_LAYERS,
     deepened,
@@ -20,6 +21,7 @@ from pipeline.mini.autoencoder import (
     train_autoencoder,
 )
 from pipeline.mini.catalogue import STYLES, Concept, HoldOut
+from pipeline.mini.choice_stage import STYLE_VALUE, judged, train_choice
 from pipeline.mini.curves import draw_curves, read_curves
 from pipeline.mini.finish_losses import ImageNetEye, LineUp, layers_apart
 from pipeline.mini.finish_stage import train_finish
@@ -30,6 +32,7 @@ from pipeline.mini.fusion_stage import (
     new_fusion,
     on_grid,
     said_weight,
+    strange_rows,
     train_fusion,
 )
 from pipeline.mini.generator_stage import new_generator, train_generator
@@ -233,6 +236,52 @@ def test_what_the_words_say_of_a_scene_lies_where_it_counts_more():
             assert len(rows) and float((of_phantom[rows // 8, columns // 8] > 1).float().mean()) > 0.95, (region, side)
 
 
+def test_one_drawing_of_each_concept_is_strange_and_never_meant(pictures: TrainingSet, tables: Tables):
+    strange = strange_rows(pictures.emoji)
+    assert sorted(pictures.emoji.concept[strange]) == list(range(CONCEPTS))
+    assert not {pictures.emoji.pairs[row] for row in strange} & {HELD}
+    examples = Examples(pictures, tables, without=strange)
+    for step in range(10):
+        drawn = examples.draw(step, 64, (1, 0, 0))
+        assert not np.isin(drawn.rows, strange).any()
+        ways = drawn.way[(drawn.has_text & ~drawn.has_image)[:, 0]].tolist()
+        said = pictures.emoji.concept[drawn.rows[(drawn.has_text & ~drawn.has_image)[:, 0].numpy()]]
+        pairs = {(int(concept), WAYS[way]) for concept, way in zip(said, ways, strict=True)}
+        assert not pairs & {pictures.emoji.pairs[row] for row in strange}
+
+
+def test_a_choice_is_taught_by_what_is_recognised(
+    pictures: TrainingSet, tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(choice_stage, "SCENES", 64)
+    torch.manual_seed(0)
+    fold, vae = new_fusion(tables).eval(), new_autoencoder().eval()
+    cases = judged(pictures, tables, fold, vae)
+    strange = strange_rows(pictures.emoji)
+    drawings = 2 * len(strange) + len(pictures.emoji.training_rows()) - len(strange)
+    assert cases.pictures.shape[:2] == cases.values.shape == (len(cases.image), 1 + len(WAYS))
+    assert float(cases.values.min()) >= 0 and float(cases.values.max()) <= 1 + STYLE_VALUE + 1e-6
+    assert bool((cases.values[drawings:, 0] == 1 + STYLE_VALUE).all()) and not cases.values[drawings:, 1:].any()
+    of_style = pictures.emoji.style[strange]
+    for place, style in enumerate(of_style):
+        if style in WAYS:
+            own = WAYS.index(int(style))
+            assert cases.values[place, 1 + own] == cases.values[place, 0], "the drawing itself is not given away"
+    assert not torch.equal(cases.values[:drawings, 1], cases.values[:drawings, 0])
+    plan = Plan(steps=60, batch=32, learning_rate=5e-3, warmup=1, weight_decay=0.0, average=0.5)
+    before = deepcopy(fold)
+    network = train_choice(tmp_path, pictures, tables, fold, fold, vae, plan)
+    lost = [float(row.split(",")[1]) for row in (tmp_path / "choice-curve.csv").read_text().splitlines()[1:]]
+    assert network.choice is not None and bool(network.choice.score.weight.any())
+    with torch.no_grad():
+        chosen = network.choice(cases.pictures.float(), cases.image).argmax(dim=1, keepdim=True)
+    best = cases.values.amax(dim=1).mean()
+    taught, untaught = (best - cases.values.gather(1, where).mean() for where in (chosen, torch.zeros_like(chosen)))
+    assert lost and float(taught) < float(untaught)
+    for name, weight in before.state_dict().items():
+        assert name.startswith("choice.") or torch.equal(weight, network.state_dict()[name]), name
+
+
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
     few = Plan(steps=5, batch=8, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
     torch.manual_seed(0)
@@ -295,6 +344,10 @@ def test_a_drawing_is_told_from_its_concept_and_from_its_style(pictures: Trainin
     assert float(near) < float(told(eye.gist(eye.layers(drawn.roll(1, 0))), rows)), "each is another style's here"
     held = int(np.flatnonzero((emoji.concept == HELD[0]) & (emoji.style == HELD[1]))[0])
     assert held not in told.rows
+    for ranks in told.ranks(told.gists_of(rows), rows):
+        assert ranks.tolist() == [0] * len(rows)
+    of_style, of_concept = told.ranks(told.gists_of(rows[::-1].copy()), rows)
+    assert bool((of_concept[[0, 3]] > 0).all()) and of_style.shape == (4,)
 
 
 def test_no_number_is_unknown():

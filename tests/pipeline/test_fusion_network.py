@@ -1,0 +1,86 @@
+"""The fusion network's choice: what words and a picture mean together, or the words alone in one of their ways."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.fusing.fusion_network import FusionNetwork
+from pipeline.mini.choice_stage import choosing
+
+WAYS, PLACES, CHANNELS = 4, 16, 3
+
+
+def network(chooses: bool = True) -> FusionNetwork:
+    torch.manual_seed(0)
+    return FusionNetwork(
+        text_width=8, image_width=6, width=16, hidden=16, grid=4, channels=CHANNELS, ways=WAYS, chooses=chooses
+    ).eval()
+
+
+def that_prefers(place: int) -> FusionNetwork:
+    made = network()
+    assert made.choice is not None
+    with torch.no_grad():
+        made.choice.preference[place] = 2.0
+    return made
+
+
+@torch.no_grad()
+def test_the_candidates_are_both_together_and_the_words_in_each_way():
+    words, picture = torch.randn(5, 8), torch.randn(5, 6)
+    made, plain = network(), network(chooses=False)
+    pictures, image = made.candidates(words, picture)
+    assert pictures.shape == (5, 1 + WAYS, PLACES, CHANNELS) and torch.equal(image, made.image_norm(picture))
+    plain.load_state_dict(made.state_dict(), strict=False)
+    torch.testing.assert_close(pictures[:, 0], plain(words, picture))
+    torch.testing.assert_close(pictures[:, 1:].flatten(1, 2), plain(words, None))
+
+
+@torch.no_grad()
+def test_one_candidate_is_drawn_for_each_of_a_batch():
+    words, picture = torch.randn(5, 8), torch.randn(5, 6)
+    for place in range(1 + WAYS):
+        made = that_prefers(place)
+        assert torch.equal(made(words, picture), made.candidates(words, picture)[0][:, place])
+    made = network()
+    assert made.choice is not None
+    torch.nn.init.normal_(made.choice.score.weight, std=50)
+    pictures, image = made.candidates(words, picture)
+    scores = made.choice(pictures, image)
+    assert len(set(scores.argmax(dim=1).tolist())) > 1, "each by its own score"
+    for entry, place in enumerate(scores.argmax(dim=1).tolist()):
+        assert torch.equal(made(words, picture)[entry], pictures[entry, place])
+        torch.testing.assert_close(
+            made(words[entry : entry + 1], picture[entry : entry + 1])[0], pictures[entry, place]
+        )
+
+
+@torch.no_grad()
+def test_words_alone_and_a_picture_alone_leave_nothing_to_choose():
+    words, picture = torch.randn(2, 8), torch.randn(2, 6)
+    one, other = network(), that_prefers(3)
+    for given in ((words, None), (None, picture), (None, None)):
+        assert torch.equal(one(*given), other(*given))
+
+
+@torch.no_grad()
+def test_untaught_it_changes_nothing():
+    plain = network(chooses=False)
+    wider = choosing(plain)
+    words, picture = torch.randn(3, 8), torch.randn(3, 6)
+    torch.testing.assert_close(wider(words, picture), plain(words, picture))
+    again = choosing(that_prefers(2))
+    torch.testing.assert_close(again(words, picture), again.candidates(words, picture)[0][:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_saved_one_chooses_as_before(tmp_path: Path, dtype: torch.dtype):
+    words, picture = torch.randn(3, 8), torch.randn(3, 6)
+    made = choosing(network(chooses=False))
+    torch.nn.Module.to(made, dtype)
+    made.save_pretrained(tmp_path)
+    read = FusionNetwork.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert isinstance(read, FusionNetwork) and read.choice is not None
+    with torch.no_grad():
+        torch.testing.assert_close(read(words, picture), made.float()(words, picture))
