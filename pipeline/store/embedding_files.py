@@ -121,7 +121,7 @@ def _read(path: Path, file: io.FileIO, size: int) -> Embeddings:
         raise ValueError(f"its header describes {stop:,} bytes, the file has {size:,}")
     data = np.empty(stop - start, dtype=np.uint8)  # a process that starts has numpy at hand before torch
     while start < stop:
-        got = file.readinto(data[start - stop :])
+        got = file.readinto(data[start - stop :].data)
         if not got:
             raise ValueError(f"expected {stop:,} bytes, read {start:,}")
         start += got
@@ -135,7 +135,7 @@ def _value(entries: Mapping[str, TensorEntry], metadata: Any, data: np.ndarray, 
         raise ValueError(f"its metadata has no {FORMAT}")
     total = 0
     for _, entry in sorted(entries.items()):
-        total = zlib.crc32(data[entry.start - start : entry.stop - start], total)
+        total = zlib.crc32(data[entry.start - start : entry.stop - start].data, total)
     if notes.get("crc32") != total:
         raise ValueError("its tensors have changed since")
     tensors = {name: _tensor(entry, data[entry.start - start : entry.stop - start]) for name, entry in entries.items()}
