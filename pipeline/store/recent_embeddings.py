@@ -9,7 +9,8 @@ from .embedding_files import Embeddings, bytes_of, copied
 class RecentEmbeddings:
     """Up to ``budget_bytes`` of them by their digests; the least recently used make way. For any number of threads.
 
-    It takes and gives copies, so whoever changes one in place changes nobody else's.
+    It takes copies, so whoever made one may go on with it. What it gives is shared by all who ask, as a host shares what
+    its nodes gave: values are not changed in place. To copy it again would take as long as all else about a hit.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -27,8 +28,7 @@ class RecentEmbeddings:
             if digest not in self._held:
                 return None
             self._held.move_to_end(digest)
-            found = self._held[digest]
-        return copied(found)
+            return self._held[digest]
 
     def put(self, digest: str, value: Embeddings) -> None:
         """One that is larger than the whole budget is not held."""

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.checkpoints import Checkpoint
 from pipeline.conditioning import PromptEmbeds, Space
+from pipeline.fusion import fuse
+from pipeline.generation import generate
+from pipeline.model_cache import ModelCache
 from pipeline.store.embedding_files import bytes_of
 from pipeline.store.embedding_store import EmbeddingStore
+from pipeline.store.recall import recalled
 from pipeline.store.recent_embeddings import RecentEmbeddings
+from pipeline.text_encoder import encode_prompt
 
 
 def words(number: int) -> PromptEmbeds:
@@ -55,12 +61,29 @@ def test_the_disk_knows_what_memory_served(store: EmbeddingStore):
     assert path.stat().st_mtime > 1
 
 
-def test_nobody_changes_what_another_gets(store: EmbeddingStore):
+def test_whoever_made_it_may_go_on_with_it(store: EmbeddingStore):
     made = store.recall(("a rose",), lambda: words(1))
     made.tokens.zero_()
-    first = store.recall(("a rose",), never)
-    first.tokens.fill_(7)
     assert float(store.recall(("a rose",), never).tokens.mean()) == 1
+
+
+def test_what_it_gives_is_as_it_was_after_it_was_drawn_with(warm: ModelCache, shipped: Checkpoint, tmp_path: Path):
+    """It is shared: whatever changed it in place would change all that is drawn later."""
+    store = EmbeddingStore(tmp_path, 2**24, recent_bytes=2**24)
+    given, drawn = [], []
+    for _ in range(3):
+        embeds = recalled(store, encode_prompt, warm, shipped, "a red rose", "blue")
+        before = embeds.tokens.clone(), None if embeds.pooled is None else embeds.pooled.clone()
+        condition = fuse(warm, shipped, embeds, None)
+        pictures = generate(
+            warm, shipped, condition, seed=1, num_inference_steps=2, guidance_scale=2.0, width=64, height=64
+        )
+        assert torch.equal(before[0], embeds.tokens)
+        assert before[1] is None or (embeds.pooled is not None and torch.equal(before[1], embeds.pooled))
+        given.append(embeds)
+        drawn.append(pictures.pixels)
+    assert store.hits == 2 and given[1] is given[2]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
 
 
 def test_the_least_recently_used_make_way():
