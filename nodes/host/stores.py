@@ -4,6 +4,7 @@
 
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management as memory
@@ -29,7 +30,7 @@ def model_cache() -> ModelCache:
 @functools.cache
 def _make_cache() -> ModelCache:
     cache = ModelCache(ComfyResidency(), budget_bytes=memory.get_total_memory(torch.device("cpu")) // 2)
-    _empty_when_freed()
+    _when_freed(let_go)
     return cache
 
 
@@ -55,7 +56,7 @@ def let_go() -> None:
     embedding_store().recent.clear()
 
 
-def _empty_when_freed() -> None:
+def _when_freed(let_go: Callable[[], None]) -> None:
     """Let 'Free model and node cache' let go of what is ours too.
 
     The host drops what its node outputs own, and tells nobody. It takes the wish from the queue's flags, between

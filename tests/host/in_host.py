@@ -215,7 +215,7 @@ def check_free_empties_the_cache_between_prompts():
     stores.PromptServer.instance = server
     cache = new_cache()
     try:
-        stores._empty_when_freed(cache)
+        stores._when_freed(cache.unload)
     finally:
         del stores.PromptServer.instance
     with cache.use(key("a"), layer):
