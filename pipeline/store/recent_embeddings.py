@@ -9,8 +9,8 @@ from .embedding_files import Embeddings, bytes_of, copied
 class RecentEmbeddings:
     """Up to ``budget_bytes`` of them by their digests; the least recently used make way. For any number of threads.
 
-    It takes copies, so whoever made one may go on with it. What it gives is shared by all who ask, as a host shares what
-    its nodes gave: values are not changed in place. To copy it again would take as long as all else about a hit.
+    It takes copies, so whoever made one may go on with it. What it gives is shared by all who ask, as a host shares
+    what its nodes gave: values are not changed in place. A copy would take as long as all else about a hit.
     """
 
     def __init__(self, budget_bytes: int) -> None:
