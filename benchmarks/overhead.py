@@ -132,7 +132,7 @@ def models(host: StockHost) -> list[tuple[Any, str]]:
 
 def previews(host: StockHost) -> list[tuple[Any, str]]:
     """Where Duet's stage calls for a look at what is under way."""
-    return [(host.pack("pipeline.generation"), "preview")]
+    return [(host.pack("pipeline.drawing"), "preview")]
 
 
 def profiled(graph: Graph, runs: int) -> str:
