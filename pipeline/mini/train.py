@@ -6,7 +6,6 @@ stage resumes from its last checkpoint after a kill and is passed over when it i
 """
 
 import argparse
-import json
 import logging
 import pickle
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderDC, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
@@ -28,6 +27,7 @@ from .finish_stage import train_finish
 from .fusion_stage import Tables, new_fusion, strange_rows, train_fusion
 from .generator_stage import new_generator, train_generator
 from .loop import Plan, device, seeded
+from .parts import export, keep, read_part
 from .pictures import PictureSet
 from .training_set import SIZE, TrainingSet, load_training_set
 from .vision import augment, embed_pictures, framed, new_image_encoder, over_background, train_image_encoder
@@ -71,16 +71,6 @@ AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which m
 ALWAYS_ANEW = ("fold", "choice")  # a finished model has seen what a fold must not, and a choice takes minutes
 VIEWS = 4  # of each picture, the first one clean
 
-COMPONENTS = {
-    "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
-    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
-    "image_encoder": ("transformers", "ResNetModel"),
-    "fusion": ("duet", "FusionNetwork"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderDC"),
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """The finished part from the work folder; trained first, from the start or from nothing, if it is not there."""
         if not (work / stage).exists():
             start = None if stage in {*chosen.anew, *ALWAYS_ANEW} else chosen.start
-            begun = new() if start is None else _read(start / name, kind)
+            begun = new() if start is None else read_part(start / name, kind)
             taught = train(begun, plan_of(stage)) if start is None or stage in chosen.again else begun
-            _keep(work / stage, taught)
-        return _read(work / stage, kind).to(device()).eval().requires_grad_(False)
+            keep(work / stage, taught)
+        return read_part(work / stage, kind).to(device()).eval().requires_grad_(False)
 
     pictures = load_training_set(work, chosen.size)
     captions = _captions(work, pictures.emoji)
@@ -167,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if chosen.start is None or "choice" in {*chosen.again, *chosen.anew}:
         if not (work / "choice").exists():
-            _keep(work / "choice", train_choice(work, pictures, tables, fusion, fold(), vae, plan_of("choice")))
-        fusion = _read(work / "choice", FusionNetwork).to(device()).eval().requires_grad_(False)
+            keep(work / "choice", train_choice(work, pictures, tables, fusion, fold(), vae, plan_of("choice")))
+        fusion = read_part(work / "choice", FusionNetwork).to(device()).eval().requires_grad_(False)
     if "generator" not in wanted:
         return
     unet = part(
@@ -185,17 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
 
 
-def _keep(folder: Path, part: Any) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    part.save_pretrained(partial)
-    partial.rename(folder)
-
-
-def _read(folder: Path, kind: Any) -> Any:
-    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).float()
-
-
 def _finished(work: Path, unet: Any, vae: Any, train: Callable[[], Any]) -> tuple[Any, Any]:
     """Both parts as the last stage leaves them, which goes on from those given."""
     folder = work / "finish"
@@ -207,7 +186,7 @@ def _finished(work: Path, unet: Any, vae: Any, train: Callable[[], Any]) -> tupl
         unet.save_pretrained(partial / "unet")
         vae.save_pretrained(partial / "vae")
         partial.rename(folder)
-    return _read(folder / "unet", UNet2DConditionModel), _read(folder / "vae", AutoencoderDC)
+    return read_part(folder / "unet", UNet2DConditionModel), read_part(folder / "vae", AutoencoderDC)
 
 
 def _captions(work: Path, pictures: PictureSet) -> Captions:
@@ -290,24 +269,6 @@ def _plans(parser: argparse.ArgumentParser, lengths: Sequence[str]) -> dict[str,
     return plans
 
 
-def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target: Path) -> None:
-    """Write the diffusers folder, weights in half precision; the model card and licences beside it are left alone."""
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.model_max_length = parts["text_encoder"].config.max_position_embeddings
-    parts["vae"].register_to_config(scaling_factor=scaling_factor)
-    for name, part in parts.items():
-        part.cpu().half().save_pretrained(target / name, safe_serialization=True)
-        _forget_origin(target / name / "config.json")
-    tokenizer.save_pretrained(target / "tokenizer")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(target / "scheduler")
-    index = {
-        "_class_name": "DuetMiniPipeline",
-        "_diffusers_version": "0.42.1",
-        **{k: list(v) for k, v in COMPONENTS.items()},
-    }
-    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def _tell() -> None:
     """What this package logs goes to stderr, with the time; what libraries log does not."""
     handler = logging.StreamHandler()
@@ -315,12 +276,6 @@ def _tell() -> None:
     ours = logging.getLogger(__package__)
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-
-
-def _forget_origin(config: Path) -> None:
-    """diffusers notes the folder that a part was read from, which is of no use to anyone else."""
-    kept = {key: value for key, value in json.loads(config.read_text("utf-8")).items() if key != "_name_or_path"}
-    config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
