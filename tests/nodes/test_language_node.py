@@ -79,7 +79,8 @@ def test_a_small_model_writes_a_scene_and_shows_it_growing(client: Client, model
     assert scene["subject"].startswith("castle at night in the rain")
     assert output["text"][0].startswith(scene["subject"]) and output["duet_notices"] == []
     assert [(entry["stage"], entry["model"]) for entry in output["duet_stage"]] == [("guided", "loaded")]
-    nodes, texts = zip(*run.texts, strict=True)
+    # A slow disk takes over a second to read the weights, and the node says that first.
+    nodes, texts = zip(*(told for told in run.texts if not told[1].startswith("Reading SmolLM2")), strict=True)
     assert set(nodes) == {"direct"} and len(texts) > 3
     assert texts[0] == '{"subject": "castle at night in the rain' and '"style": "' in texts[-1]
 
