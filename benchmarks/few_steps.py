@@ -3,7 +3,8 @@
 The questions, the judge and the artist are those of ``mini_quality``; every number of steps draws the same seen
 concepts from the same noise. ``python -m benchmarks few_steps`` prints one JSON object alone: the ratio and its error,
 since the shares are of a sample, the shares by number of steps, and the ratio to the best of them, because more steps
-are not always better. Needs the optional group ``train`` and the pictures in ``.cache/mini``.
+are not always better. Needs the optional group ``train``, and real pictures that the judge has seen: --prepare draws
+them and shows them to it, once, in some ten minutes.
 """
 
 import argparse
@@ -67,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
     parser.add_argument("--work", type=Path, default=Path(".cache/mini"))
     parser.add_argument("--count", type=int, default=COUNT, help="at most this many seen concepts")
+    parser.add_argument("--prepare", action="store_true", help="only what is made once and kept in --work")
     chosen = parser.parse_args(arguments)
     if chosen.count < 1:
         parser.error(f"--count must be at least 1, got {chosen.count}")
+    if chosen.prepare:
+        Judge(load_pictures(chosen.work, open_checkpoint(chosen.model).family.native_size), chosen.work)
+        print(json.dumps({"prepared": str(chosen.work)}))
+        return
     print(json.dumps(measure(chosen.model, chosen.work, chosen.count)))
