@@ -63,8 +63,9 @@ def _end(*_: object) -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGHUP, _end)
+    # Ctrl-C too: a shell has what it starts in the background ignore it, and so would every server started from here.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _end)
     try:
         sys.exit(main())
     except RigError as error:
