@@ -15,6 +15,8 @@ class FusionNetwork(ModelMixin, ConfigMixin):
     of one function. The tokens lie on the latents' grid: they are the mean picture, which the generator sharpens.
     ways: how many null vectors stand for no picture, each a way of its own to draw what the words leave open.
     chooses: words beside a picture are drawn in one of those ways where the two together mean nothing clear.
+    exit_hidden: units of a gated layer beside the linear one that ends in the tokens, which by itself reaches only
+    ``width`` directions of them: of drawings, 7% of the variance lies beyond 1,024. 0 for none.
     """
 
     @register_to_config
@@ -30,6 +32,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         gated: bool = False,
         ways: int = 1,
         chooses: bool = False,
+        exit_hidden: int = 0,
     ) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(text_width)
@@ -40,6 +43,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList((_GatedBlock if gated else _Block)(width, hidden) for _ in range(num_blocks))
         self.exit_norm = nn.LayerNorm(width)
         self.exit = nn.Linear(width, grid * grid * channels)
+        self.exit_block = _GatedBlock(width, exit_hidden, grid * grid * channels) if exit_hidden else None
         self._shape = (grid * grid, channels)
         self.choice = Choice(ways, channels, image_width) if chooses else None
 
@@ -72,7 +76,10 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         hidden = self.entry(joined)
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        return self.exit(self.exit_norm(hidden)).unflatten(-1, self._shape)
+        tokens = self.exit(self.exit_norm(hidden))
+        if self.exit_block is not None:
+            tokens = tokens + self.exit_block(hidden)
+        return tokens.unflatten(-1, self._shape)
 
 
 class _Block(nn.Module):
@@ -87,11 +94,11 @@ class _Block(nn.Module):
 
 
 class _GatedBlock(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 2 * hidden)
-        self.narrow = nn.Linear(hidden, width)
+        self.narrow = nn.Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.widen(self.norm(x)).chunk(2, dim=-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
 from .finish_losses import ImageNetEye, LineUp, over_colour
-from .fusion_stage import WAYS, Examples, Tables, by_way, on_grid, strange_rows
+from .fusion_stage import WAYS, Examples, Tables, by_way, configured, on_grid, strange_rows
 from .loop import Plan, device, run_stage, seeded
 from .training_set import TrainingSet
 
@@ -38,8 +38,7 @@ class Cases:
 
 def choosing(network: FusionNetwork) -> FusionNetwork:
     """The same network with an untaught choice, which changes nothing."""
-    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    wider = FusionNetwork(**{**config, "chooses": True})
+    wider = FusionNetwork(**{**configured(network), "chooses": True})
     kept = {name: weight for name, weight in network.state_dict().items() if not name.startswith("choice.")}
     wider.load_state_dict(kept, strict=False)
     return wider.eval()

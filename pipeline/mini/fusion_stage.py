@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ SAID_WEIGHT = {
     1: [((0.5, 0.0, 0.5625, 0.5625), 16.0)],
     2: [((0.125, 0.375, 0.4375, 0.625), 4.0), ((0.5625, 0.375, 0.875, 0.625), 4.0)],
 }
+EXIT_HIDDEN = 2560  # what 60 MB leave room for, see FusionNetwork
 ENDS_WEIGHT = 0.5  # of the difference of the errors at a panorama's two ends, which meet only where it is small
 
 
@@ -258,11 +260,29 @@ def new_fusion(tables: Tables) -> FusionNetwork:
     """It begins with the mean of all pictures for an answer."""
     grid, channels = tables.grid_and_channels
     network = FusionNetwork(
-        hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS), chooses=True
-    )
+        hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS), chooses=True,
+        exit_hidden=EXIT_HIDDEN,
+    )  # fmt: skip
     with torch.no_grad():
         network.exit.bias.copy_(tables.means().mean(0).flatten())
     return network
+
+
+def reaching_further(network: FusionNetwork) -> FusionNetwork:
+    """The same function, of a network that ends in a gated layer too; one that does is returned as it is."""
+    if network.exit_block is not None:
+        return network
+    wider = FusionNetwork(**{**configured(network), "exit_hidden": EXIT_HIDDEN})
+    wider.load_state_dict(network.state_dict(), strict=False)
+    assert wider.exit_block is not None
+    nn.init.zeros_(wider.exit_block.narrow.weight)
+    nn.init.zeros_(wider.exit_block.narrow.bias)
+    return wider
+
+
+def configured(network: FusionNetwork) -> dict[str, Any]:
+    """What it was built with, by name."""
+    return {name: value for name, value in network.config.items() if not name.startswith("_")}
 
 
 def strange_rows(pictures: PictureSet) -> np.ndarray:

@@ -24,7 +24,7 @@ from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import deepened, encode_pictures, new_autoencoder, train_autoencoder
 from .choice_stage import train_choice
 from .finish_stage import train_finish
-from .fusion_stage import Tables, new_fusion, strange_rows, train_fusion
+from .fusion_stage import Tables, new_fusion, reaching_further, strange_rows, train_fusion
 from .generator_stage import new_generator, train_generator
 from .loop import Plan, device, seeded
 from .parts import export, keep, read_part
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = _tables(work, pictures, captions, tokenizer, text_encoder, image_encoder, vae)
     fusion = part(
         "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
-        lambda begun, plan: train_fusion(work, pictures, tables, begun, plan),
+        lambda begun, plan: train_fusion(work, pictures, tables, reaching_further(begun), plan),
     )  # fmt: skip
     if "fold" not in wanted:
         return

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from pipeline.fusing.fusion_network import FusionNetwork
 from pipeline.mini.choice_stage import choosing
+from pipeline.mini.fusion_stage import EXIT_HIDDEN, reaching_further
+from pipeline.mini.parts import read_part, ship
 
 WAYS, PLACES, CHANNELS = 4, 16, 3
 
@@ -84,3 +87,40 @@ def test_a_saved_one_chooses_as_before(tmp_path: Path, dtype: torch.dtype):
     assert isinstance(read, FusionNetwork) and read.choice is not None
     with torch.no_grad():
         torch.testing.assert_close(read(words, picture), made.float()(words, picture))
+
+
+@torch.no_grad()
+def test_a_gated_exit_reaches_more_directions_than_the_network_is_wide():
+    def directions(of: FusionNetwork) -> int:
+        tokens = of(torch.randn(200, 8), torch.randn(200, 6)).flatten(1)
+        return int(torch.linalg.matrix_rank(tokens - tokens.mean(dim=0), rtol=1e-5))
+
+    plain = FusionNetwork(text_width=8, image_width=6, width=16, hidden=16, grid=4, channels=CHANNELS)
+    further = FusionNetwork(text_width=8, image_width=6, width=16, hidden=16, grid=4, channels=CHANNELS, exit_hidden=24)
+    assert directions(plain) <= 16 < 36 <= directions(further)
+
+
+@torch.no_grad()
+def test_a_network_that_learns_to_reach_further_begins_where_it_was():
+    before, words, picture = network(), torch.randn(3, 8), torch.randn(3, 6)
+    further = reaching_further(before)
+    assert further.config["exit_hidden"] == EXIT_HIDDEN and reaching_further(further) is further
+    torch.testing.assert_close(further(words, picture), before(words, picture))
+
+
+@torch.no_grad()
+def test_layers_ship_in_eight_bits_and_the_rest_in_sixteen(tmp_path: Path):
+    made, words, picture = reaching_further(network()).eval(), torch.randn(64, 8), torch.randn(64, 6)
+    assert made.exit_block is not None
+    torch.nn.init.normal_(made.exit_block.narrow.weight, std=0.02)
+    before = made.candidates(words, picture)[0]
+    ship(made, tmp_path / "fusion")
+    with safe_open(tmp_path / "fusion/diffusion_pytorch_model.safetensors", "pt") as file:
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    small = {name for name, kind in stored.items() if kind == "F8_E4M3"}
+    assert {"entry.weight", "blocks.0.widen.weight", "exit.weight", "exit_block.narrow.weight"} <= small
+    assert all(stored[name] == "F16" for name in stored.keys() - small)
+    assert not {name for name in small if not name.endswith(".weight") or "norm" in name or "choice" in name}
+    read = read_part(tmp_path / "fusion", FusionNetwork).eval()
+    assert {weight.dtype for weight in read.parameters()} == {torch.float32}
+    assert float((read.candidates(words, picture)[0] - before).square().mean() / before.var()) < 5e-3
