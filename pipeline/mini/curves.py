@@ -45,7 +45,7 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]]) -> Any:
     rows = -(-len(curves) // COLUMNS)
     figure = Figure(figsize=(4 * COLUMNS, 2.6 * rows), layout="constrained", dpi=100)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for panel, (stage, runs) in zip(panels, curves.items(), strict=False):
+    for (stage, runs), panel in zip(curves.items(), panels, strict=False):
         names = list(dict.fromkeys(name for run in runs for name in run if name not in LEFT_OUT))
         begins = 0.0
         for number, run in enumerate(runs):
