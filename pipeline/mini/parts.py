@@ -55,8 +55,8 @@ def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target:
 def ship(part: Any, folder: Path) -> None:
     """Write it in half precision, the part itself too.
 
-    Three quarters of a small model's weights are the fusion network's layers. They are written in 8 bits, each half as
-    large, which changes its tokens by a few thousandths of their variance; a learned error is thirty times that.
+    Seven tenths of a small model's weights are the fusion network's layers. They are written in 8 bits, each half as
+    large, which adds 0.0025 of the latents' variance to its error of 0.044.
     """
     part.cpu().half()
     if isinstance(part, FusionNetwork):
