@@ -13,9 +13,11 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
+from .examples import WAYS, Examples, by_way, strange_rows
 from .finish_losses import ImageNetEye, LineUp, over_colour
-from .fusion_stage import WAYS, Examples, Tables, by_way, configured, on_grid, strange_rows
+from .fusion_stage import configured, on_grid
 from .loop import Plan, device, run_stage, seeded
+from .tables import Tables
 from .training_set import TrainingSet
 
 STRANGE_TIMES = 2  # how often each drawing that the fold never saw is asked for

@@ -20,9 +20,10 @@ from transformers import ResNetModel
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import DOWNSCALE, LATENT_NOISE, picture_loss, to_model_range
 from .finish_losses import ImageNetEye, LineUp, feature_loss, layers_apart, over_colour
-from .fusion_stage import SAID_WEIGHT, Tables
+from .fusion_stage import SAID_WEIGHT
 from .generator_stage import START_NOISE, Starts, velocity_at
 from .loop import Plan, device, run_stage, seeded
+from .tables import Tables
 from .training_set import TrainingSet
 
 FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.1

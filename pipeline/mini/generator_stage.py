@@ -14,8 +14,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
-from .fusion_stage import Batch, Examples, Tables, fused, on_grid
+from .examples import Batch, Examples
+from .fusion_stage import fused, on_grid
 from .loop import Plan, device, run_stage, seeded
+from .tables import Tables
 from .training_set import TrainingSet
 
 START_NOISE = 0.1  # s, relative to latents of unit variance, as in the family's table; 0.3 taught it wrong detail

@@ -14,29 +14,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderDC, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
-from .autoencoder import deepened, encode_pictures, new_autoencoder, train_autoencoder
+from .autoencoder import deepened, new_autoencoder, train_autoencoder
 from .choice_stage import train_choice
+from .examples import strange_rows
 from .finish_stage import train_finish
-from .fusion_stage import Tables, new_fusion, reaching_further, strange_rows, train_fusion
+from .fusion_stage import new_fusion, reaching_further, train_fusion
 from .generator_stage import new_generator, train_generator
-from .loop import Plan, device, seeded
+from .loop import Plan, device
 from .parts import export, keep, read_part
 from .pictures import PictureSet
-from .training_set import SIZE, TrainingSet, load_training_set
-from .vision import augment, embed_pictures, framed, new_image_encoder, over_background, train_image_encoder
+from .tables import load_tables
+from .training_set import SIZE, load_training_set
+from .vision import new_image_encoder, train_image_encoder
 from .words import (
     Captions,
     build_captions,
     build_tokenizer,
     dictionary_words,
-    embed_texts,
     lengthened,
     new_text_encoder,
     train_text_encoder,
@@ -69,7 +69,6 @@ ON_GPU = {
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
 ALWAYS_ANEW = ("fold", "choice")  # a finished model has seen what a fold must not, and a choice takes minutes
-VIEWS = 4  # of each picture, the first one clean
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     if "fusion" not in wanted:
         return
-    tables = _tables(work, pictures, captions, tokenizer, text_encoder, image_encoder, vae)
+    tables = load_tables(work, pictures, captions, tokenizer, text_encoder, image_encoder, vae)
     fusion = part(
         "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
         lambda begun, plan: train_fusion(work, pictures, tables, reaching_further(begun), plan),
@@ -202,61 +201,6 @@ def _tokenizer(work: Path, captions: Captions) -> PreTrainedTokenizerFast:
     if not folder.exists():
         build_tokenizer(captions).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-@torch.no_grad()
-def _tables(
-    work: Path, pictures: TrainingSet, captions: Captions, tokenizer, text_encoder, image_encoder, vae
-) -> Tables:
-    stored = work / "tables.pt"
-    if not stored.exists():
-        logger.info("encoding every caption and picture once")
-        of_concepts = np.flatnonzero(captions.concept >= 0)
-        said = np.concatenate([scene.captions for scene in pictures.scenes])
-        drawn, wide, ellipses = (
-            encode_pictures(vae, pixels, closes)
-            for pixels, closes in zip(pictures.pixels, (False, True, False), strict=True)
-        )
-        spread = torch.cat([each.flatten() for each in (drawn, wide, ellipses)]).std()
-        hollow = drawn.new_zeros(len(wide), *drawn.shape[1:])
-        partial = stored.with_suffix(".partial")
-        torch.save(
-            {
-                "captions": embed_texts(text_encoder, tokenizer, [captions.texts[row] for row in of_concepts]),
-                "caption_concept": torch.from_numpy(captions.concept[of_concepts]),
-                "caption_is_name": torch.from_numpy(captions.is_name[of_concepts]),
-                "scene_captions": embed_texts(text_encoder, tokenizer, said.ravel().tolist()).unflatten(0, said.shape),
-                "features": torch.cat([_views(image_encoder, pixels) for pixels in pictures.pixels]),
-                "square": torch.cat([drawn, hollow, ellipses]) / spread,
-                "wide": wide / spread,
-                "scaling_factor": 1 / spread,
-            },
-            partial,
-        )
-        partial.rename(stored)
-    read = torch.load(stored, weights_only=True, map_location=device())
-    return Tables(
-        read["captions"],
-        read["caption_concept"].cpu().numpy(),
-        read["caption_is_name"].cpu().numpy(),
-        read["scene_captions"],
-        read["features"],
-        read["square"],
-        read["wide"],
-        pictures.starts[1],
-        float(read["scaling_factor"]),
-    )
-
-
-def _views(image_encoder: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """(N, VIEWS, 256): the eye's features of each picture, clean and varied."""
-    generator = seeded(0)
-    found = []
-    for chunk in pixels.split(256):
-        clean = framed(over_background(chunk))
-        views = [clean, *(augment(clean, generator) for _ in range(VIEWS - 1))]
-        found.append(torch.stack([embed_pictures(image_encoder, view) for view in views], dim=1))
-    return torch.cat(found)
 
 
 def _plans(parser: argparse.ArgumentParser, lengths: Sequence[str]) -> dict[str, Plan]:

@@ -23,24 +23,17 @@ from pipeline.mini.autoencoder import (
 from pipeline.mini.catalogue import STYLES, Concept, HoldOut
 from pipeline.mini.choice_stage import STYLE_VALUE, judged, train_choice
 from pipeline.mini.curves import draw_curves, read_curves
+from pipeline.mini.examples import WAYS, Examples, strange_rows
 from pipeline.mini.finish_losses import ImageNetEye, LineUp, layers_apart
 from pipeline.mini.finish_stage import train_finish
-from pipeline.mini.fusion_stage import (
-    WAYS,
-    Examples,
-    Tables,
-    new_fusion,
-    on_grid,
-    said_weight,
-    strange_rows,
-    train_fusion,
-)
+from pipeline.mini.fusion_stage import new_fusion, on_grid, said_weight, train_fusion
 from pipeline.mini.generator_stage import new_generator, train_generator
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
+from pipeline.mini.tables import Tables
 from pipeline.mini.training_set import TrainingSet
 from pipeline.mini.vision import new_image_encoder, over_background, train_image_encoder
 from pipeline.mini.words import Captions, build_tokenizer, lengthened

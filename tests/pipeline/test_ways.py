@@ -9,7 +9,7 @@ from pipeline.fusing.ways import in_one_way, ways_of
 from pipeline.fusion import METHODS, fuse
 from pipeline.generation import generate
 from pipeline.image_encoder import encode_image
-from pipeline.mini.fusion_stage import WAYS
+from pipeline.mini.examples import WAYS
 from pipeline.model_cache import ModelCache
 from pipeline.refinement import refine
 from pipeline.text_encoder import encode_prompt
