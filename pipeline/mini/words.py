@@ -21,6 +21,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from .catalogue import Concept
+from .long_captions import LONG_CAPTIONS, long_caption, words_of
 from .loop import Plan, device, run_stage
 from .scenes.scene_set import DOMAINS, FACTS, UNSAID, SceneSet
 
@@ -38,7 +39,8 @@ class Captions:
     """Texts with the vectors that teach them.
 
     texts: N strings; targets: (N, 512) unit vectors; concept: (N,) index or -1 for dictionary words;
-    is_name: (N,) bool, whether the text is the concept's own name, bare or in a phrase (keywords are not).
+    is_name: (N,) bool, whether the text is the concept's own name, bare, in a phrase or in a long caption (keywords are
+    not).
     """
 
     texts: list[str]
@@ -57,6 +59,9 @@ def build_captions(concepts: tuple[Concept, ...], left_out: frozenset[int], word
     centres = _unit(_embed(teacher, names).reshape(2, len(chosen), WORD_VECTOR).mean(0))
 
     named = set(names)
+    names_of = {language: [concepts[number].label[language] for number in chosen] for language in PHRASES}
+    dictionary = {language: words_of(language, words) for language in PHRASES}
+    pick = random.Random(0)
     texts: list[str] = []
     concept: list[int] = []
     share_of_centre: list[float] = []
@@ -67,6 +72,11 @@ def build_captions(concepts: tuple[Concept, ...], left_out: frozenset[int], word
                 texts.append(phrase.format(entry.label[language]))
                 concept.append(row)
                 share_of_centre.append(0.7 if phrase == "{}" else 0.85)
+            for _ in range(LONG_CAPTIONS):
+                name = entry.label[language]
+                texts.append(long_caption(name, language, names_of[language], dictionary[language], pick))
+                concept.append(row)
+                share_of_centre.append(0.9)
             for keyword in entry.keywords[language]:
                 if keyword in named:  # "rocket" is a keyword of the astronaut, but the name of the rocket
                     continue
@@ -189,7 +199,7 @@ def train_text_encoder(
     is_name = torch.from_numpy(captions.is_name)
     kinds = [np.flatnonzero(captions.is_name), np.flatnonzero(~captions.is_name)]
     kinds.append(np.arange(len(captions.texts), len(encoded)))
-    shares = (0.3, 0.3, 0.4) if scene_texts else (0.5, 0.5, 0.0)
+    shares = (0.4, 0.25, 0.35) if scene_texts else (0.5, 0.5, 0.0)
     prototypes = nn.Linear(WORD_VECTOR, int(concept.max()) + 1, bias=False)
     heads = nn.Linear(WORD_VECTOR, sum(FACTS.values()))
     parts = nn.ModuleDict({"text_encoder": encoder, "prototypes": prototypes, "facts": heads})
