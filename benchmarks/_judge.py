@@ -94,12 +94,17 @@ class Artist:
         self._checkpoint: Checkpoint = open_checkpoint(folder)
         self.size = self._checkpoint.family.native_size
 
-    def draw(self, questions: Sequence[Question], language: str, steps: int) -> Tensor:
-        """RGB over white (N, 3, S, S)."""
+    def draw(
+        self, questions: Sequence[Question], language: str, steps: int, phrases: Sequence[str] = ("{}",)
+    ) -> Tensor:
+        """RGB over white (N, 3, S, S); phrases: what is said around the names, one question after the other."""
         made = []
         for start in range(0, len(questions), BATCH):
             some = questions[start : start + BATCH]
-            words = [self._pictures.concepts[question.concept].label[language] for question in some]
+            words = [
+                phrases[number % len(phrases)].format(self._pictures.concepts[question.concept].label[language])
+                for number, question in enumerate(some, start)
+            ]
             made.append(self._draw(words, [question.style_row for question in some], steps, SEED + start))
         return torch.cat(made)
 

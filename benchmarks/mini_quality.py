@@ -3,8 +3,9 @@
 Drawn in as many steps as the model is meant for, unless --steps says others; top5_by_steps compares them. Prompts are
 each concept's CLDR name; the style picture is another concept's, drawn at random with a fixed seed. An
 ImageNet CNN (EfficientNet-Lite0, pooled features) ranks all concepts' real pictures of that style by cosine: top-k
-means that the right concept is among the first k. The style is right where, of the concept's own drawings in all its
-styles, the nearest is the one in the style that was shown.
+means that the right concept is among the first k. In long prompts the name stands in sentences that the model never
+learned from (``long_prompts.json``). The style is right where, of the concept's own drawings in all its styles, the
+nearest is the one in the style that was shown.
 Panoramas and phantoms are measured in the picture itself; diversity is 1 - cosine of the judge's features, mean over
 pairs of one prompt's pictures from different seeds, words alone; nearest: the cosine of a picture, drawn from words and
 style, to the nearest that was trained on, beside that of real drawings that were held out.
@@ -30,6 +31,7 @@ from ._judge import Artist, Judge, Question, questions_of
 from ._scene_quality import phantoms_shown, skies_shown
 
 BY_STEPS = (1, 2, 4, 16)
+LONG_PROMPTS: dict[str, list[str]] = json.loads(Path(__file__).with_name("long_prompts.json").read_text("utf-8"))
 COMPARED = 400  # of the questions, at each of these
 SCENES = 100  # of each kind
 PROMPTS, SEEDS = 20, 16
@@ -43,8 +45,10 @@ def measure(folder: Path, work: Path, count: int, steps: int | None = None) -> d
     questions = questions_of(pictures, count)
     judge, artist = Judge(pictures, work), Artist(pictures, folder)
 
-    def ranks(asked: Sequence[Question], language: str, steps: int = steps) -> tuple[np.ndarray, Tensor]:
-        features = judge.features(artist.draw(asked, language, steps))
+    def ranks(
+        asked: Sequence[Question], language: str, steps: int = steps, phrases: Sequence[str] = ("{}",)
+    ) -> tuple[np.ndarray, Tensor]:
+        features = judge.features(artist.draw(asked, language, steps, phrases))
         return judge.ranks(features, asked), features
 
     seen = questions["seen"]
@@ -59,6 +63,10 @@ def measure(folder: Path, work: Path, count: int, steps: int | None = None) -> d
         "style_accuracy": round(judge.style_accuracy(features, seen), 4),
         "heldout_pair_top5": _share(ranks(questions["heldout_pair"], "en")[0] < 5),
         "heldout_concept_top5": _share(ranks(questions["heldout_concept"], "en")[0] < 5),
+        **{
+            f"long_{language}_top5": _share(ranks(seen, language, phrases=phrases)[0] < 5)
+            for language, phrases in LONG_PROMPTS.items()
+        },
         "one_step_top5": _share(by_steps[1] < 5),
         "top5_by_steps": {str(other): _share(ranked < 5) for other, ranked in sorted(by_steps.items())},
         "top1_by_steps": {str(other): _share(ranked < 1) for other, ranked in sorted(by_steps.items())},
