@@ -42,9 +42,10 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, NullFormatter
 
-    rows = -(-len(curves) // COLUMNS)
-    figure = Figure(figsize=(4 * COLUMNS, 2.6 * rows), layout="constrained", dpi=100)
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    columns = min(COLUMNS, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained", dpi=100)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
     for (stage, runs), panel in zip(curves.items(), panels, strict=False):
         names = list(dict.fromkeys(name for run in runs for name in run if name not in LEFT_OUT))
         begins = 0.0

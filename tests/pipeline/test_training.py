@@ -187,8 +187,9 @@ def test_curves_of_several_runs_are_drawn_one_after_the_other(tmp_path: Path):
     found = read_curves([tmp_path / "one", tmp_path / "two"])
     assert list(found) == ["fusion"] and [run["step"].tolist() for run in found["fusion"]] == [[10, 20], [5]]
     pytest.importorskip("matplotlib")
-    panel, *left_over = draw_curves(found).axes
-    assert left_over and not any(other.axison for other in left_over)
+    (panel,) = draw_curves(found).axes
+    of_four = draw_curves({str(number): found["fusion"] for number in range(4)}).axes
+    assert [each.axison for each in of_four] == [True] * 4 + [False] * 2
     drawn = [line.get_xdata().tolist() for line in panel.lines if line.get_marker() == "."]
     assert drawn == [[10, 20], [10, 20], [25], [25]]
     with pytest.raises(ValueError, match="expected curves such as"):
