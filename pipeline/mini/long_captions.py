@@ -25,8 +25,7 @@ def long_caption(name: str, language: str, others: Sequence[str], words: Sequenc
     further = FURTHER_WORDS[language]
 
     def said(place: str) -> str:
-        listed = further["any" if pick.random() < ANY_WORDS else place]
-        chosen = pick.choice(listed[place] if isinstance(listed, dict) else listed)
+        chosen = pick.choice(further["any"][place] if pick.random() < ANY_WORDS else further[place])
         while "{w}" in chosen:
             chosen = chosen.replace("{w}", pick.choice(words), 1)
         return chosen
