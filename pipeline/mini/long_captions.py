@@ -39,9 +39,10 @@ def long_caption(name: str, language: str, others: Sequence[str], words: Sequenc
     kind = said("kinds") if pick.random() < 0.3 or not (before or behind or endings or place) else ""
     if language == "zh":  # what describes the thing stands before it
         thing = place + "".join(before) + name
-        return "，".join([(kind.format(thing) if kind else thing) + "".join(behind), *endings])
+        return further["comma"].join([(kind.format(thing) if kind else thing) + "".join(behind), *endings])
     article = pick.choice(("a", "the", "")) if not kind or kind.endswith(("of", "for", "with")) else ""
-    return ", ".join([" ".join(part for part in (kind, article, *before, name, *behind, place) if part), *endings])
+    said_of_it = " ".join(part for part in (kind, article, *before, name, *behind, place) if part)
+    return further["comma"].join([said_of_it, *endings])
 
 
 def words_of(language: str, words: Sequence[str]) -> list[str]:
