@@ -31,11 +31,11 @@ from ._judge import Artist, Judge, Question, questions_of
 from ._scene_quality import phantoms_shown, skies_shown
 
 BY_STEPS = (1, 2, 4, 16)
-LONG_PROMPTS: dict[str, list[str]] = json.loads(Path(__file__).with_name("long_prompts.json").read_text("utf-8"))
 COMPARED = 400  # of the questions, at each of these
 SCENES = 100  # of each kind
 PROMPTS, SEEDS = 20, 16
 NEAREST = 100
+LONG_PROMPTS: dict[str, list[str]] = json.loads(Path(__file__).with_name("long_prompts.json").read_text("utf-8"))
 
 
 def measure(folder: Path, work: Path, count: int, steps: int | None = None) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def index(rows: np.ndarray) -> Tensor:
 def load_tables(
     work: Path, pictures: TrainingSet, captions: Captions, tokenizer, text_encoder, image_encoder, vae
 ) -> Tables:
+    """From ``work``, where everything is encoded first, whole or not at all."""
     stored = work / "tables.pt"
     if not stored.exists():
         logger.info("encoding every caption and picture once")

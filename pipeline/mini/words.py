@@ -68,12 +68,12 @@ def build_captions(concepts: tuple[Concept, ...], left_out: frozenset[int], word
     for row, number in enumerate(chosen):
         entry = concepts[number]
         for language, phrases in PHRASES.items():
+            name = entry.label[language]
             for phrase in phrases:
-                texts.append(phrase.format(entry.label[language]))
+                texts.append(phrase.format(name))
                 concept.append(row)
                 share_of_centre.append(0.7 if phrase == "{}" else 0.85)
             for _ in range(LONG_CAPTIONS):
-                name = entry.label[language]
                 texts.append(long_caption(name, language, names_of[language], dictionary[language], pick))
                 concept.append(row)
                 share_of_centre.append(0.9)
