@@ -1,4 +1,4 @@
-"""Which first picture to draw where words and a style may never have been seen together."""
+"""Which picture words are fused with: the one that is shown, or that of one of the ways to draw them."""
 
 import torch
 from torch import Tensor, nn
@@ -6,34 +6,28 @@ from torch.nn import functional as F
 
 
 class Choice(nn.Module):
-    """Scores first pictures: what words and picture mean together, and what the words alone mean in each of their ways.
+    """Whether words and a style were learned together, and if not, in which way the words alone come nearest to it.
 
-    Words and a style that were never learned together are fused to a blur between designs. That can be seen, and one of
-    the ways is still a drawing, perhaps in the style most like the one that was shown. So a small CNN looks at each,
-    beside the first and the mean of all. Untaught, it prefers the first.
+    Fused, words and a style that never met give a blur between designs; in one of the ways the words give a drawing,
+    perhaps in the style most like the one that is shown. Which way that is depends on both, and so does whether they
+    met: the two sides are multiplied, as content and style are in bilinear models (Tenenbaum and Freeman, Neural
+    Computation 12(6), 2000, eq. 1). Untaught, it keeps to what is shown.
     """
 
-    def __init__(self, ways: int, channels: int, image_width: int, width: int = 32, hidden: int = 64) -> None:
+    def __init__(self, ways: int, text_width: int, image_width: int, hidden: int = 384, styles: int = 64) -> None:
         super().__init__()
-        self.look = nn.Conv2d(channels, width, 3, stride=2, padding=1)
-        self.compare = nn.Conv2d(3 * width, hidden, 3, stride=2, padding=1)
-        self.style = nn.Linear(image_width, hidden)
-        self.way = nn.Parameter(torch.zeros(1 + ways, hidden))
-        self.judge = nn.Linear(hidden, hidden)
-        self.score = nn.Linear(hidden, 1)
-        self.preference = nn.Parameter(F.one_hot(torch.tensor(0), 1 + ways).float())
+        self.words = nn.Linear(text_width, hidden)
+        self.style = nn.Sequential(nn.Linear(image_width, styles), nn.GELU(), nn.Linear(styles, hidden))
+        self.score = nn.Linear(hidden, 1 + ways)
         nn.init.zeros_(self.score.weight)
+        with torch.no_grad():
+            self.score.bias.copy_(F.one_hot(torch.tensor(0), 1 + ways))
 
-    def forward(self, pictures: Tensor, image: Tensor) -> Tensor:
-        """(B, 1 + ways), the highest of what is to be drawn.
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        """text: (B, text_width); image: (B, image_width), both normalised -> (B, 1 + ways), the highest to be fused.
 
-        pictures: (B, 1 + ways, G*G, channels), that of both first; image: (B, image_width), normalised.
+        First the log-odds that both were learned together, p to 1 - p, then the log of each way's share of the 1 - p:
+        so the highest is the likeliest.
         """
-        batch, count, places, _ = pictures.shape
-        side = int(places**0.5)
-        seen = F.gelu(self.look(pictures.transpose(2, 3).unflatten(3, (side, side)).flatten(0, 1)))
-        seen = seen.unflatten(0, (batch, count))
-        beside = torch.cat([seen, seen[:, :1].expand_as(seen), seen.mean(dim=1, keepdim=True).expand_as(seen)], dim=2)
-        told = F.gelu(self.compare(beside.flatten(0, 1))).mean(dim=(2, 3)).unflatten(0, (batch, count))
-        told = F.gelu(told + self.style(image)[:, None] + self.way)
-        return self.score(F.gelu(self.judge(told)))[..., 0] + self.preference
+        together, ways = self.score(F.gelu(self.words(text)) * self.style(image)).tensor_split([1], dim=1)
+        return torch.cat([together, ways.log_softmax(dim=1)], dim=1)

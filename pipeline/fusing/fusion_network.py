@@ -14,7 +14,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
     A side that is missing is replaced by a learned null vector, so text alone, picture alone and both are three inputs
     of one function. The tokens lie on the latents' grid: they are the mean picture, which the generator sharpens.
     ways: how many null vectors stand for no picture, each a way of its own to draw what the words leave open.
-    chooses: words beside a picture are drawn in one of those ways where the two together mean nothing clear.
+    chooses: words beside a picture are drawn in one of those ways where the two were never learned together.
     exit_hidden: units of a gated layer beside the linear one that ends in the tokens, which by itself reaches only
     ``width`` directions of them: of drawings, 7% of the variance lies beyond 1,024. 0 for none.
     """
@@ -45,31 +45,27 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.exit = nn.Linear(width, grid * grid * channels)
         self.exit_block = _GatedBlock(width, exit_hidden, grid * grid * channels) if exit_hidden else None
         self._shape = (grid * grid, channels)
-        self.choice = Choice(ways, channels, image_width) if chooses else None
+        self.choice = Choice(ways, text_width, image_width) if chooses else None
 
     def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
         """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels).
 
         Without a picture (B, ways*grid*grid, channels), one way after the other.
         """
-        if text is not None and image is not None and self.choice is not None:
-            pictures, seen = self.candidates(text, image)
-            return pictures[torch.arange(len(pictures)), self.choice(pictures, seen).argmax(dim=1)]
         known = text if text is not None else image
         batch = known.shape[0] if known is not None else batch_size or 1
         left = self.null_text.expand(batch, -1) if text is None else self.text_norm(text)
         right = self.null_image.expand(batch, -1, -1) if image is None else self.image_norm(image)[:, None]
+        if text is not None and image is not None and self.choice is not None:
+            right = self._chosen(self.choice, left, right)
         joined = torch.cat([left[:, None].expand(-1, right.shape[1], -1), right], dim=-1)
         return self.fuse_normalised(joined).flatten(1, 2)
 
-    def candidates(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1 + ways, grid*grid, channels), what both mean together and then the words in each of their ways; and the
-        image (B, image_width), normalised.
-        """
-        left, seen = self.text_norm(text), self.image_norm(image)
-        right = torch.cat([seen[:, None], self.null_image.expand(len(seen), -1, -1)], dim=1)
-        joined = torch.cat([left[:, None].expand(-1, right.shape[1], -1), right], dim=-1)
-        return self.fuse_normalised(joined), seen
+    def _chosen(self, choice: Choice, left: Tensor, right: Tensor) -> Tensor:
+        """(B, 1, image_width): of each, ``right``, which is that too, or what stands for no picture in one way."""
+        number = choice(left, right[:, 0]).argmax(dim=1)
+        offered = torch.cat([right, self.null_image.expand(len(right), -1, -1)], dim=1)
+        return offered[torch.arange(len(right)), number][:, None]
 
     def fuse_normalised(self, joined: Tensor) -> Tensor:
         """joined: (..., text_width + image_width), each side normalised or null -> (..., grid*grid, channels)."""

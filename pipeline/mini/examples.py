@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .catalogue import STYLES
-from .pictures import PictureSet
 from .scenes.scene_set import LAYOUTS
 from .tables import Tables, index
 from .training_set import TrainingSet
@@ -25,9 +24,8 @@ SCENE_BOTH_SHARE, SCENE_WORDS_SHARE = 0.2, 0.7
 # How often a style is shown by several pictures at once, in any proportions. Of single ones the network had known each
 # by heart: shown the mean of a style's pictures, a judge found the right concept .65 of the time, not .91.
 TOGETHER_SHARE, TOGETHER = 0.5, 4
+STRAY_SHARE = 0.1  # how often words are beside a picture of a domain taken at random, where all may meet all
 DOMAIN_SHARES = (0.78, 0.14, 0.08)  # of a batch: emoji, of which there is most to know, panoramas, phantoms
-
-NOTHING = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,22 @@ class Batch:
     way: Tensor
 
 
+@dataclass(frozen=True)
+class Asked:
+    """text: (B, 512); image: (B, 256); said, shown: (B,), a row that the words mean, and one in the picture's style."""
+
+    text: Tensor
+    image: Tensor
+    said: np.ndarray
+    shown: np.ndarray
+
+
 class Examples:
-    """Draws batches: which picture is meant, by which words, in the style of which other picture.
+    """Draws batches: which picture is meant, by which words, in the style of which other picture."""
 
-    without: rows of drawings that are never meant, besides those that are held out.
-    """
-
-    def __init__(self, pictures: TrainingSet, tables: Tables, without: np.ndarray = NOTHING) -> None:
+    def __init__(self, pictures: TrainingSet, tables: Tables) -> None:
         self._tables = tables
-        drawings, *scenes = pictures.training_rows()
-        self._rows = (np.setdiff1d(drawings, without), *scenes)
+        self._rows = pictures.training_rows()
         self._first_scene = pictures.starts[1]
         self._layouts = np.concatenate([scene.layouts for scene in pictures.scenes])
         self._of_layout = [_Pools(self._layouts[rows - self._first_scene], rows, LAYOUTS) for rows in self._rows[1:]]
@@ -63,8 +67,7 @@ class Examples:
         self._of_style = _Pools(self._style[trained], trained, len(STYLES))
         self._drawings = by_way(self._concept[trained], self._style[trained], trained, len(emoji.concepts))
         # Words in a way whose drawing is held out stand for nothing: another style's would teach the wrong answer.
-        pairs = emoji.pairs
-        held = emoji.held_out().pairs | {pairs[row] for row in without}
+        held = emoji.held_out().pairs
         taught = [(c, w) for c in range(len(emoji.concepts)) for w in range(len(WAYS)) if (c, WAYS[w]) not in held]
         of_concept, ways = np.array(taught).T
         self._ways = _Pools(of_concept, ways, len(emoji.concepts))
@@ -72,13 +75,6 @@ class Examples:
         self._names, self._keywords = (
             _Pools(tables.caption_concept[some], rows[some], len(emoji.concepts)) for some in (named, ~named)
         )
-
-    def meant(self, step: int, rows: np.ndarray) -> Batch:
-        """Drawings ``rows``, each by its name and another picture in its style."""
-        pick = np.random.default_rng([step, 8])
-        yes = np.ones(len(rows), dtype=bool)
-        text = self._tables.captions[index(self._names.draw(pick, self._concept[rows]))]
-        return _batch(text, self._style_or_content(pick, rows, yes), yes, yes, rows, np.zeros_like(rows))
 
     def draw(self, step: int, size: int, shares: Sequence[float] = DOMAIN_SHARES) -> Batch:
         """shares: of emoji, panoramas and phantoms, one domain after the other."""
@@ -88,16 +84,40 @@ class Examples:
         parts += [self._scenes(pick, domain, count) for domain, count in enumerate(counts, start=1)]
         return _joined([part for part in parts if len(part.rows)])
 
+    def ask(self, step: int, size: int) -> Asked:
+        """Words of anything that was learned beside a picture of any style, whether they were learned together or not.
+
+        Each style as often as any other, and some beside a scene, which is none of theirs.
+        """
+        pick = np.random.default_rng([step, 8])
+        said = pick.choice(len(self._rows), size, p=DOMAIN_SHARES)
+        shown = np.where(pick.random(size) < STRAY_SHARE, pick.choice(len(self._rows), size), said)
+        meant, seen = (np.stack([pick.choice(rows, size) for rows in self._rows]) for _ in range(2))
+        yes = np.ones(size, dtype=bool)
+        seen[0] = self._of_style.draw(pick, pick.integers(0, len(STYLES), size))
+        drawn = self._style_or_content(pick, seen[0], yes)
+        every = np.arange(size)
+        seen = seen[shown, every]
+        image = torch.where(index(shown == 0)[:, None], drawn, self._shown(pick, seen))
+        captions = self._tables.scene_captions
+        scene = np.maximum(meant[said, every] - self._first_scene, 0)
+        of_scenes = captions[index(scene), index(pick.integers(0, captions.shape[1], size))]
+        text = torch.where(index(said == 0)[:, None], self._said(pick, self._concept[meant[0]]), of_scenes)
+        return Asked(text, image, meant[said, every], seen)
+
     def _emoji(self, pick: np.random.Generator, size: int) -> Batch:
         rows = pick.choice(self._rows[0], size)
         has_text, has_image = _given(pick, size, BOTH_SHARE, WORDS_SHARE)
         way = self._ways.draw(pick, self._concept[rows])
         rows = np.where(has_image, rows, self._drawings[way, self._concept[rows]])
-        concepts = self._concept[rows]
-        by_name = (pick.random(size) < NAME_SHARE) | ~self._keywords.has(concepts)
-        captions = np.where(by_name, self._names.draw(pick, concepts), self._keywords.draw(pick, concepts))
-        text = self._tables.captions[index(captions)]
+        text = self._said(pick, self._concept[rows])
         return _batch(text, self._style_or_content(pick, rows, has_text), has_text, has_image, rows, way)
+
+    def _said(self, pick: np.random.Generator, concepts: np.ndarray) -> Tensor:
+        """(B, 512): a caption of each."""
+        by_name = (pick.random(len(concepts)) < NAME_SHARE) | ~self._keywords.has(concepts)
+        captions = np.where(by_name, self._names.draw(pick, concepts), self._keywords.draw(pick, concepts))
+        return self._tables.captions[index(captions)]
 
     def _style_or_content(self, pick: np.random.Generator, rows: np.ndarray, has_text: np.ndarray) -> Tensor:
         """(B, 256): beside words, other pictures in the style of each of ``rows``, one or several; else itself."""
@@ -121,14 +141,6 @@ class Examples:
         """One view of each."""
         views = self._tables.features.shape[1]
         return self._tables.features[index(rows), index(pick.integers(0, views, len(rows)))]
-
-
-def strange_rows(pictures: PictureSet) -> np.ndarray:
-    """Of each concept with three drawings or more to learn from, one: as many as are held out of it for measuring."""
-    pick = np.random.default_rng(5)
-    rows = pick.permutation(pictures.training_rows())
-    _, first, count = np.unique(pictures.concept[rows], return_index=True, return_counts=True)
-    return np.sort(rows[first[count >= 3]])
 
 
 def by_way(concept: np.ndarray, style: np.ndarray, rows: np.ndarray, concepts: int) -> np.ndarray:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..denoising.unet_sampler import stretched
 from ..fusing.fusion_network import FusionNetwork
-from .examples import NOTHING, WAYS, Batch, Examples
+from .examples import WAYS, Batch, Examples
 from .loop import Plan, device, run_stage, seeded
 from .tables import Tables, index
 from .training_set import TrainingSet
@@ -87,12 +86,10 @@ def train_fusion(
     tables: Tables,
     network: FusionNetwork,
     plan: Plan,
-    name: str = "fusion",
-    without: np.ndarray = NOTHING,
 ) -> FusionNetwork:
     """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128."""
     torch.manual_seed(0)
-    examples = Examples(pictures, tables, without)
+    examples = Examples(pictures, tables)
     means, weights = tables.means(), said_weight(tables.grid_and_channels[0]).to(device())
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -112,5 +109,5 @@ def train_fusion(
             "ends": ENDS_WEIGHT * ends.sum() / plan.batch,
         }
 
-    run_stage(name, work, plan, nn.ModuleDict({"fusion": network}), loss_at)
+    run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network

@@ -22,7 +22,6 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, R
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import deepened, new_autoencoder, train_autoencoder
 from .choice_stage import train_choice
-from .examples import strange_rows
 from .finish_stage import train_finish
 from .fusion_stage import new_fusion, reaching_further, train_fusion
 from .generator_stage import new_generator, train_generator
@@ -51,8 +50,7 @@ ON_CPU = {
     "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(4000, 32, learning_rate=2e-3, warmup=100, weight_decay=0.0),
     "fusion": Plan(40_000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
-    "fold": Plan(6000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
-    "choice": Plan(1500, 128, learning_rate=2e-3, warmup=50, weight_decay=0.05),
+    "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
     "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
 }
@@ -61,14 +59,13 @@ ON_GPU = {
     "vision": Plan(3000, 256, learning_rate=2e-3, warmup=100, weight_decay=0.02),
     "autoencoder": Plan(6000, 64, learning_rate=2e-3, warmup=200, weight_decay=0.0),
     "fusion": Plan(15_000, 4096, learning_rate=2e-3, warmup=300, weight_decay=0.0),
-    "fold": Plan(3000, 4096, learning_rate=2e-3, warmup=300, weight_decay=0.0),
-    "choice": Plan(1500, 128, learning_rate=2e-3, warmup=50, weight_decay=0.05),
+    "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
-ALWAYS_ANEW = ("fold", "choice")  # a finished model has seen what a fold must not, and a choice takes minutes
+ALWAYS_ANEW = ("choice",)  # it takes minutes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -141,22 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
         lambda begun, plan: train_fusion(work, pictures, tables, reaching_further(begun), plan),
     )  # fmt: skip
-    if "fold" not in wanted:
-        return
-
-    def fold() -> FusionNetwork:
-        """Part of no model: see ``choice_stage``."""
-        return part(
-            "fold", "fusion", FusionNetwork, lambda: new_fusion(tables),
-            lambda begun, plan: train_fusion(work, pictures, tables, begun, plan, "fold", strange_rows(pictures.emoji)),
-        )  # fmt: skip
-
     if "choice" not in wanted:
-        fold()
         return
     if chosen.start is None or "choice" in {*chosen.again, *chosen.anew}:
         if not (work / "choice").exists():
-            keep(work / "choice", train_choice(work, pictures, tables, fusion, fold(), vae, plan_of("choice")))
+            keep(work / "choice", train_choice(work, pictures, tables, fusion, plan_of("choice")))
         fusion = read_part(work / "choice", FusionNetwork).to(device()).eval().requires_grad_(False)
     if "generator" not in wanted:
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from pipeline.fusing.fusion_network import FusionNetwork
 from pipeline.mini.choice_stage import choosing
@@ -25,38 +26,60 @@ def that_prefers(place: int) -> FusionNetwork:
     made = network()
     assert made.choice is not None
     with torch.no_grad():
-        made.choice.preference[place] = 2.0
+        made.choice.score.bias[0] = -9.0
+        made.choice.score.bias[place] = 9.0
     return made
 
 
-@torch.no_grad()
-def test_the_candidates_are_both_together_and_the_words_in_each_way():
-    words, picture = torch.randn(5, 8), torch.randn(5, 6)
-    made, plain = network(), network(chooses=False)
-    pictures, image = made.candidates(words, picture)
-    assert pictures.shape == (5, 1 + WAYS, PLACES, CHANNELS) and torch.equal(image, made.image_norm(picture))
-    plain.load_state_dict(made.state_dict(), strict=False)
-    torch.testing.assert_close(pictures[:, 0], plain(words, picture))
-    torch.testing.assert_close(pictures[:, 1:].flatten(1, 2), plain(words, None))
-
-
-@torch.no_grad()
-def test_one_candidate_is_drawn_for_each_of_a_batch():
-    words, picture = torch.randn(5, 8), torch.randn(5, 6)
-    for place in range(1 + WAYS):
-        made = that_prefers(place)
-        assert torch.equal(made(words, picture), made.candidates(words, picture)[0][:, place])
+def that_differs() -> FusionNetwork:
+    """Its choice is another one for each pair."""
     made = network()
     assert made.choice is not None
     torch.nn.init.normal_(made.choice.score.weight, std=50)
-    pictures, image = made.candidates(words, picture)
-    scores = made.choice(pictures, image)
+    return made
+
+
+def offered(by: FusionNetwork, words: Tensor, picture: Tensor) -> Tensor:
+    """(B, 1 + WAYS, PLACES, CHANNELS): what both mean together, and the words in each way."""
+    plain = network(chooses=False)
+    plain.load_state_dict(by.state_dict(), strict=False)
+    return torch.cat([plain(words, picture)[:, None], plain(words, None).unflatten(1, (WAYS, PLACES))], dim=1)
+
+
+@torch.no_grad()
+def test_both_together_are_drawn_or_the_words_in_one_way():
+    words, picture = torch.randn(5, 8), torch.randn(5, 6)
+    for place in range(1 + WAYS):
+        made = that_prefers(place)
+        assert made(words, picture).shape == (5, PLACES, CHANNELS)
+        torch.testing.assert_close(made(words, picture), offered(made, words, picture)[:, place])
+
+
+@torch.no_grad()
+def test_it_is_chosen_for_each_of_a_batch():
+    words, picture = torch.randn(20, 8), torch.randn(20, 6)
+    made = that_differs()
+    assert made.choice is not None
+    scores = made.choice(made.text_norm(words), made.image_norm(picture))
     assert len(set(scores.argmax(dim=1).tolist())) > 1, "each by its own score"
+    pictures, drawn = offered(made, words, picture), made(words, picture)
     for entry, place in enumerate(scores.argmax(dim=1).tolist()):
-        assert torch.equal(made(words, picture)[entry], pictures[entry, place])
-        torch.testing.assert_close(
-            made(words[entry : entry + 1], picture[entry : entry + 1])[0], pictures[entry, place]
-        )
+        torch.testing.assert_close(drawn[entry], pictures[entry, place])
+        alone = made(words[entry : entry + 1], picture[entry : entry + 1])[0]
+        torch.testing.assert_close(alone, pictures[entry, place])
+
+
+@torch.no_grad()
+def test_what_is_chosen_is_the_likeliest():
+    words, picture = torch.randn(20, 8), torch.randn(20, 6)
+    made = that_differs()
+    assert made.choice is not None
+    torch.nn.init.normal_(made.choice.score.weight, std=1)
+    scores = made.choice(made.text_norm(words), made.image_norm(picture))
+    together, shares = scores[:, :1].sigmoid(), scores[:, 1:].exp()
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(20))
+    likely = torch.cat([together, (1 - together) * shares], dim=1)
+    assert torch.equal(likely.argmax(dim=1), scores.argmax(dim=1))
 
 
 @torch.no_grad()
@@ -70,11 +93,10 @@ def test_words_alone_and_a_picture_alone_leave_nothing_to_choose():
 @torch.no_grad()
 def test_untaught_it_changes_nothing():
     plain = network(chooses=False)
-    wider = choosing(plain)
     words, picture = torch.randn(3, 8), torch.randn(3, 6)
-    torch.testing.assert_close(wider(words, picture), plain(words, picture))
-    again = choosing(that_prefers(2))
-    torch.testing.assert_close(again(words, picture), again.candidates(words, picture)[0][:, 0])
+    assert torch.equal(choosing(plain)(words, picture), plain(words, picture))
+    taught = that_prefers(2)
+    torch.testing.assert_close(choosing(taught)(words, picture), offered(taught, words, picture)[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -113,7 +135,7 @@ def test_layers_ship_in_eight_bits_and_the_rest_in_sixteen(tmp_path: Path):
     made, words, picture = reaching_further(network()).eval(), torch.randn(64, 8), torch.randn(64, 6)
     assert made.exit_block is not None
     torch.nn.init.normal_(made.exit_block.narrow.weight, std=0.02)
-    before = made.candidates(words, picture)[0]
+    before = offered(made, words, picture)
     ship(made, tmp_path / "fusion")
     with safe_open(tmp_path / "fusion/diffusion_pytorch_model.safetensors", "pt") as file:
         stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -123,4 +145,4 @@ def test_layers_ship_in_eight_bits_and_the_rest_in_sixteen(tmp_path: Path):
     assert not {name for name in small if not name.endswith(".weight") or "norm" in name or "choice" in name}
     read = read_part(tmp_path / "fusion", FusionNetwork).eval()
     assert {weight.dtype for weight in read.parameters()} == {torch.float32}
-    assert float((read.candidates(words, picture)[0] - before).square().mean() / before.var()) < 5e-3
+    assert float((offered(read, words, picture) - before).square().mean() / before.var()) < 5e-3

@@ -12,7 +12,6 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.mini import choice_stage
 from pipeline.mini.autoencoder import (
     DECODER_LAYERS,
     deepened,
@@ -21,9 +20,9 @@ from pipeline.mini.autoencoder import (
     train_autoencoder,
 )
 from pipeline.mini.catalogue import STYLES, Concept, HoldOut
-from pipeline.mini.choice_stage import STYLE_VALUE, judged, train_choice
+from pipeline.mini.choice_stage import lessons_of, train_choice
 from pipeline.mini.curves import draw_curves, read_curves
-from pipeline.mini.examples import WAYS, Examples, strange_rows
+from pipeline.mini.examples import WAYS, Examples
 from pipeline.mini.finish_losses import ImageNetEye, LineUp, layers_apart
 from pipeline.mini.finish_stage import train_finish
 from pipeline.mini.fusion_stage import new_fusion, on_grid, said_weight, train_fusion
@@ -231,50 +230,56 @@ def test_what_the_words_say_of_a_scene_lies_where_it_counts_more():
             assert len(rows) and float((of_phantom[rows // 8, columns // 8] > 1).float().mean()) > 0.95, (region, side)
 
 
-def test_one_drawing_of_each_concept_is_strange_and_never_meant(pictures: TrainingSet, tables: Tables):
-    strange = strange_rows(pictures.emoji)
-    assert sorted(pictures.emoji.concept[strange]) == list(range(CONCEPTS))
-    assert not {pictures.emoji.pairs[row] for row in strange} & {HELD}
-    examples = Examples(pictures, tables, without=strange)
-    for step in range(10):
-        drawn = examples.draw(step, 64, (1, 0, 0))
-        assert not np.isin(drawn.rows, strange).any()
-        ways = drawn.way[(drawn.has_text & ~drawn.has_image)[:, 0]].tolist()
-        said = pictures.emoji.concept[drawn.rows[(drawn.has_text & ~drawn.has_image)[:, 0].numpy()]]
-        pairs = {(int(concept), WAYS[way]) for concept, way in zip(said, ways, strict=True)}
-        assert not pairs & {pictures.emoji.pairs[row] for row in strange}
+def test_words_of_anything_are_asked_beside_any_style(pictures: TrainingSet, tables: Tables):
+    emoji = pictures.emoji
+    said, shown = np.zeros(3, int), np.zeros((CONCEPTS, len(STYLES)), int)
+    met = 0
+    for step in range(20):
+        asked = Examples(pictures, tables).ask(step, 128)
+        assert asked.text.shape == (128, 512) and asked.image.shape == (128, 256)
+        of_words, of_picture = pictures.domain_of(asked.said), pictures.domain_of(asked.shown)
+        said += np.bincount(of_words, minlength=3)
+        met += int((of_words != of_picture).sum())
+        both = (of_words == 0) & (of_picture == 0)
+        np.add.at(shown, (emoji.concept[asked.said[both]], emoji.style[asked.shown[both]]), 1)
+    assert said[0] > said[1] > said[2] > 0 < met < 256
+    assert shown[HELD] and shown.min() > 0.3 * shown.mean(), "each style as often as any, the one held out too"
 
 
-def test_a_choice_is_taught_by_what_is_recognised(
-    pictures: TrainingSet, tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_choice_is_taught_what_was_learned_together_and_which_way_will_do(
+    pictures: TrainingSet, tables: Tables, tmp_path: Path
 ):
-    monkeypatch.setattr(choice_stage, "SCENES", 64)
-    torch.manual_seed(0)
-    fold, vae = new_fusion(tables).eval(), new_autoencoder().eval()
-    cases = judged(pictures, tables, fold, vae)
-    strange = strange_rows(pictures.emoji)
-    drawings = 2 * len(strange) + len(pictures.emoji.training_rows()) - len(strange)
-    assert cases.pictures.shape[:2] == cases.values.shape == (len(cases.image), 1 + len(WAYS))
-    assert float(cases.values.min()) >= 0 and float(cases.values.max()) <= 1 + STYLE_VALUE + 1e-6
-    assert bool((cases.values[drawings:, 0] == 1 + STYLE_VALUE).all()) and not cases.values[drawings:, 1:].any()
-    of_style = pictures.emoji.style[strange]
-    for place, style in enumerate(of_style):
-        if style in WAYS:
-            own = WAYS.index(int(style))
-            assert cases.values[place, 1 + own] == cases.values[place, 0], "the drawing itself is not given away"
-    assert not torch.equal(cases.values[:drawings, 1], cases.values[:drawings, 0])
-    plan = Plan(steps=60, batch=32, learning_rate=5e-3, warmup=1, weight_decay=0.0, average=0.5)
-    before = deepcopy(fold)
-    network = train_choice(tmp_path, pictures, tables, fold, fold, vae, plan)
-    lost = [float(row.split(",")[1]) for row in (tmp_path / "choice-curve.csv").read_text().splitlines()[1:]]
-    assert network.choice is not None and bool(network.choice.score.weight.any())
-    with torch.no_grad():
-        chosen = network.choice(cases.pictures.float(), cases.image).argmax(dim=1, keepdim=True)
-    best = cases.values.amax(dim=1).mean()
-    taught, untaught = (best - cases.values.gather(1, where).mean() for where in (chosen, torch.zeros_like(chosen)))
-    assert lost and float(taught) < float(untaught)
+    lessons = lessons_of(pictures)
+    assert lessons.together.shape == (CONCEPTS + 2, len(STYLES) + 2) and lessons.worth.shape[2] == len(WAYS)
+    assert not lessons.together[HELD] and bool((lessons.worth[HELD] == 0).all()), "nothing of it is known"
+    expected = torch.zeros_like(lessons.together)
+    expected[:CONCEPTS, : len(STYLES)] = 1
+    expected[HELD] = 0
+    expected[range(CONCEPTS, CONCEPTS + 2), range(len(STYLES), len(STYLES) + 2)] = 1
+    assert torch.equal(lessons.together, expected)
+    assert float(lessons.worth.max()) <= 1 and bool(lessons.worth.any())
+    for number, way in enumerate(WAYS):
+        assert not lessons.worth[:, way, number].any(), "the drawing itself is not given away"
+    assert not lessons.worth[HELD[0], :, WAYS.index(HELD[1])].any()
+
+    network = new_fusion(tables).eval()
+    before = deepcopy(network)
+    plan = Plan(steps=150, batch=128, learning_rate=5e-3, warmup=1, weight_decay=0.0, average=0.5)
+    taught = train_choice(tmp_path, pictures, tables, network, plan)
+    assert (tmp_path / "choice-curve.csv").read_text().splitlines()[0] == "step,together,lost"
     for name, weight in before.state_dict().items():
-        assert name.startswith("choice.") or torch.equal(weight, network.state_dict()[name]), name
+        assert name.startswith("choice.") or torch.equal(weight, taught.state_dict()[name]), name
+    assert taught.choice is not None
+    asked = Examples(pictures, tables).ask(1000, 512)
+    emoji = (pictures.domain_of(asked.said) == 0) & (pictures.domain_of(asked.shown) == 0)
+    at = pictures.emoji.concept[asked.said[emoji]], pictures.emoji.style[asked.shown[emoji]]
+    with torch.no_grad():
+        scores = taught.choice(taught.text_norm(asked.text), taught.image_norm(asked.image))[torch.from_numpy(emoji)]
+    for sign, some in ((1, lessons.together[at] == 1), (-1, lessons.together[at] == 0)):
+        assert float((sign * scores[some, 0] > 0).float().mean()) > 0.8, sign
+    worth = lessons.worth[at]
+    gained = worth.gather(1, scores[:, 1:].argmax(dim=1, keepdim=True)).mean()
+    assert float(gained) > 1.1 * float(worth.mean())
 
 
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
