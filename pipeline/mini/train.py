@@ -65,7 +65,6 @@ ON_GPU = {
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
-ALWAYS_ANEW = ("choice",)  # it takes minutes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="the folder to write at the end; model in --work unless given")
     chosen = parser.parse_args(arguments)
     if "autoencoder" in {*chosen.again, *chosen.anew}:  # other latents, of which nothing has learned yet
-        chosen.anew = [*chosen.anew, "fusion", "choice", "generator", "finish"]
+        chosen.anew = [*chosen.anew, "fusion", "generator", "finish"]
+    if {"text", "vision", "fusion", "choice"} & {*chosen.again, *chosen.anew}:
+        chosen.anew = [*chosen.anew, "choice"]  # of other vectors it knows nothing, and it takes minutes
     _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
@@ -100,13 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def plan_of(stage: str) -> Plan:
         plan = plans[stage]
-        goes_on = chosen.start is not None and stage not in {*chosen.anew, *ALWAYS_ANEW}
+        goes_on = chosen.start is not None and stage not in chosen.anew
         return replace(plan, learning_rate=chosen.again_rate * plan.learning_rate) if goes_on else plan
 
     def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
         """The finished part from the work folder; trained first, from the start or from nothing, if it is not there."""
         if not (work / stage).exists():
-            start = None if stage in {*chosen.anew, *ALWAYS_ANEW} else chosen.start
+            start = None if stage in chosen.anew else chosen.start
             begun = new() if start is None else read_part(start / name, kind)
             taught = train(begun, plan_of(stage)) if start is None or stage in chosen.again else begun
             keep(work / stage, taught)
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     if "choice" not in wanted:
         return
-    if chosen.start is None or "choice" in {*chosen.again, *chosen.anew}:
+    if chosen.start is None or "choice" in chosen.anew:
         if not (work / "choice").exists():
             keep(work / "choice", train_choice(work, pictures, tables, fusion, plan_of("choice")))
         fusion = read_part(work / "choice", FusionNetwork).to(device()).eval().requires_grad_(False)
