@@ -16,8 +16,9 @@ Curve = Mapping[str, np.ndarray]  # "step" and each loss, by name, all of one le
 
 STAGES = ("text", "vision", "autoencoder", "fusion", "choice", "generator", "finish")
 COLUMNS = 3
-# Read together with the others they would flatten the axis, and say little: sizes of latents, and who is fooled.
-LEFT_OUT = frozenset({"step", "size", "adversary", "fooling", "smoothness"})
+# Read together with the others they would flatten the axis, and say little: sizes of latents, who is fooled, and how
+# far further steps lead from where the first one does.
+LEFT_OUT = frozenset({"step", "size", "adversary", "fooling", "smoothness", "flow"})
 
 
 def read_curves(folders: Sequence[Path]) -> dict[str, list[Curve]]:
@@ -56,7 +57,8 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]]) -> Any:
                 if name in run:
                     label = name if number == min(n for n, other in enumerate(runs) if name in other) else None
                     steps = begins + run["step"]
-                    panel.plot(steps, run[name], f"C{place}.-", markersize=3, linewidth=1.2, label=label)
+                    losses = np.where(run[name] > 0, run[name], np.nan)  # 0 where no example could have one
+                    panel.plot(steps, losses, f"C{place}.-", markersize=3, linewidth=1.2, label=label)
             begins += float(run["step"][-1])
         panel.set_title(stage, loc="left", fontsize=10)
         panel.set_yscale("log")
