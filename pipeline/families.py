@@ -23,7 +23,7 @@ FAMILIES: dict[str, Family] = {
         fixed_size=True,
         panoramas=True,
         image_size=96,
-        start_noise=0.1,
+        start_noise=0.03,
         device_dtype=torch.float32,
         own_sampler=True,
     ),

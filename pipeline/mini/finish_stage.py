@@ -28,7 +28,7 @@ from .training_set import TrainingSet
 
 FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.1
 WHITE_SHARE = 0.5  # how often the background is white, as it is where a picture is judged
-IMAGENET_COUNT = 12  # of what is drawn in one step, since that network is as slow as all the rest together
+IMAGENET_COUNT = 24  # of a batch
 
 
 def train_finish(
