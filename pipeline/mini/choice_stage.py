@@ -24,7 +24,7 @@ from .training_set import TrainingSet
 
 BLUR = 0.05  # of the normalised inputs, so that neighbours agree, as the fusion network learned them
 RECOGNISED = 5  # among the first so many of its style
-ASKED_OF_ALL = 64
+CHUNK = 64  # drawings compared with all others at a time
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _worth_of_ways(pictures: PictureSet, line_up: LineUp) -> tuple[np.ndarray, T
     for number, way in enumerate(WAYS):
         shown = row_of[concept[rows], way]
         places = np.flatnonzero((shown >= 0) & (style[rows] != way))
-        for some in np.array_split(places, len(places) // ASKED_OF_ALL + 1):
+        for some in np.array_split(places, len(places) // CHUNK + 1):
             before = line_up.ranks(line_up.gists_of(shown[some]), rows[some])[0]
             worth[index(some), number] = 0.5 * (before < RECOGNISED) + 0.5 / (1 + before)
     return rows, worth
