@@ -52,7 +52,7 @@ class DuetFuse(io.ComfyNode):
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
                     tooltip="How much the picture says: 0 is the text alone, 1 is the picture alone, 0.5 is what the "
-                    "model was trained on: what the words say, in the picture's style.",
+                    "model was trained on: what the words say, in the picture's style, if it learned them together.",
                 ),
                 io.Combo.Input(
                     "projection",
