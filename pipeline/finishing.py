@@ -44,6 +44,11 @@ def finish_picture(
         width, height = old_width, old_height
     width = width or max(1, round(old_width * height / old_height))
     height = height or max(1, round(old_height * width / old_width))
+    if max(width, height) > LARGEST_SIDE:
+        raise ValueError(
+            f"expected sides of at most {LARGEST_SIDE}, but pictures of {old_width}x{old_height} kept in proportion "
+            f"would have {width}x{height}"
+        )
 
     opaque = pixels[:, 3:] if channels == 4 else pixels.new_ones((batch, 1, old_height, old_width))
     if alpha is not None:

@@ -36,7 +36,7 @@ def source_for(
     if mask is not None:
         if mask.ndim != 3 or mask.shape[0] not in (1, image.shape[0]):
             raise ValueError(f"expected a mask of shape ({image.shape[0]} or 1, H, W), got {tuple(mask.shape)}")
-        mask = fit_to(_unit(mask.unsqueeze(1)), frame.width, frame.height, "crop")
+        mask = fit_to(_over(image, mask), frame.width, frame.height, "crop")
     told = f"denoise {strength:g} of {steps} steps is less than half of one; one is taken"
     return Source(pixels, mask, strength), (told,) if round(strength * steps) == 0 else ()
 
@@ -44,9 +44,14 @@ def source_for(
 def kept_outside(pixels: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """The image where the mask is 0, to the pixel; (B, 3, H, W)."""
     height, width = pixels.shape[-2:]
-    kept, anew = (fit_to(_unit(side), width, height, "crop") for side in (image, mask.unsqueeze(1)))
+    kept, anew = (fit_to(side, width, height, "crop") for side in (_unit(image), _over(image, mask)))
     kept, anew = (side.repeat_interleave(pixels.shape[0] // side.shape[0], dim=0) for side in (kept, anew))
     return kept + anew * (pixels - kept)
+
+
+def _over(image: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, W) -> (B, 1, H, W) of the image's own size, since it is for all of it that a mask speaks."""
+    return fit_to(_unit(mask.unsqueeze(1)), image.shape[-1], image.shape[-2], "stretch")
 
 
 def _unit(side: Tensor) -> Tensor:

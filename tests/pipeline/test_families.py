@@ -133,6 +133,18 @@ def test_only_what_the_mask_covers_is_drawn_anew(warm: ModelCache, family: Calla
     assert not same(batch.pixels[0], batch.pixels[1])
 
 
+def test_a_mask_of_other_proportions_speaks_for_all_of_its_picture(
+    warm: ModelCache, family: Callable[[str], Checkpoint]
+):
+    """The frame cuts both alike, and what was marked at the cut side is marked still."""
+    checkpoint, wide = family("sd15"), torch.rand(1, 3, 64, 192, generator=torch.Generator().manual_seed(3))
+    square = torch.zeros(1, 64, 64)
+    square[..., :24] = 1
+    drawn = generate(warm, checkpoint, condition(warm, checkpoint), seed=0, image=wide, mask=square, **FRAME)
+    kept = (drawn.pixels == wide[..., 48:144]).all(dim=1).all(dim=-2)[0]
+    assert kept[28:].all() and not kept[:20].any()
+
+
 @pytest.mark.parametrize("name", WORDS_ONLY)
 def test_a_task_that_diffusers_has_not_is_refused(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
     checkpoint = family(name)
