@@ -123,7 +123,7 @@ class Drawing:
                 self._meter.stage("decode"),
                 self._decoders.use(self._task.cache, self._task.checkpoint, plan) as decoder,
             ):
-                return self._decoded(decoder)
+                return self._decoded(decoder, self._task.cache.residency.make_room)
 
         pixels, alpha = self._fitting(lambda: self._guard.finite("decoding", decoded))
         pixels, alpha = resized(pixels, alpha, self._task.frame)
@@ -139,10 +139,10 @@ class Drawing:
         with self._meter.stage("decode"):
             return self._decoded(decoder)
 
-    def _decoded(self, decoder: Any) -> Decoded:
+    def _decoded(self, decoder: Any, make_room: Callable[[], int] | None = None) -> Decoded:
         """Pixels and alpha on the CPU, and the precision of the decoder that gave them."""
         with torch.inference_mode():
-            pixels, alpha, tiled = decode_or_tile(decoder, self._latents, self._task.frame.closes)
+            pixels, alpha, tiled = decode_or_tile(decoder, self._latents, self._task.frame.closes, make_room)
         if tiled:
             self._told.append("decoded in tiles, since the whole did not fit into memory")
         return (pixels, alpha), str(place_of(decoder)[1]).removeprefix("torch.")
@@ -268,14 +268,21 @@ def _ran_out_of_memory(decoding: Future[Decoded]) -> bool:
 
 
 def _or_out_of_memory(cache: ModelCache, attempt: Callable[[], Drawn]) -> Drawn | str:
-    """What it gives, or what was said when memory ran out while drawing; not while loading, which says it better."""
-    try:
-        return attempt()
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfDeviceMemory) or not is_out_of_memory(error):
-            raise
-        said = str(error).partition("\n")[0][:200]
-    # Out here, where the frames of the failed attempt are gone, and with them what it had on the device.
-    if cache.residency.device.type == "cuda":
-        torch.cuda.empty_cache()
+    """What it gives, or what was said when memory ran out while drawing; not while loading, which says it better.
+
+    Once, what lies on the device and is not in use makes way, which may be models of another pack, and it tries again.
+    """
+    said = ""
+    for last in (False, True):
+        try:
+            return attempt()
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, OutOfDeviceMemory) or not is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0][:200]
+        # Out here, where the frames of the failed attempt are gone, and with them what it had on the device.
+        if cache.residency.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if last or not cache.residency.make_room():
+            break
     return said

@@ -12,7 +12,14 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "not enough GPU video memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 class OutOfDeviceMemory(torch.OutOfMemoryError):
@@ -54,6 +61,10 @@ class Residency(Protocol[R]):
 
     def release(self, resident: R) -> None:
         """Undo one ``acquire``. The weights stay where they are until something else needs the room."""
+        ...
+
+    def make_room(self) -> int:
+        """Move off the device all that is not pinned, other owners' too where it can; gives the bytes moved."""
         ...
 
     def forget(self, resident: R) -> None:
@@ -128,6 +139,10 @@ class TorchResidency:
     def release(self, resident: TorchResident) -> None:
         with self._lock:
             resident.pins -= 1
+
+    def make_room(self) -> int:
+        with self._lock:
+            return self._evict(math.inf, "out of memory")
 
     def forget(self, resident: TorchResident) -> None:
         with self._lock:

@@ -5,8 +5,7 @@ A host's LATENT is what a VAE decodes. A denoiser sees it scaled: by ``scaling_f
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,15 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .conditioning import ImageFeatures, PromptEmbeds, Space
-from .denoising.latents import channels_of, decode_or_tile, encode_pixels, for_decoder, for_denoiser, use_vae
+from .denoising.latents import (
+    channels_of,
+    decode_or_tile,
+    encode_pixels,
+    for_decoder,
+    for_denoiser,
+    in_tiles,
+    use_vae,
+)
 from .files.safetensors_files import read_json
 from .model_cache import ModelCache
 
@@ -123,8 +130,8 @@ def decode_host_latents(
                 f"expected latents of {channels} channels in {sides} dimensions for {_name(checkpoint)}, "
                 f"got {tuple(latents.shape)}"
             )
-        with _in_tiles(vae, tiled):
-            pixels, alpha, _ = decode_or_tile(vae, for_denoiser(vae, latents))
+        decoder = in_tiles(vae, max(latents.shape[-2:])) if tiled else vae
+        pixels, alpha, _ = decode_or_tile(decoder, for_denoiser(vae, latents), make_room=cache.residency.make_room)
     if not torch.isfinite(pixels).all():
         raise FloatingPointError(f"{checkpoint.folder.name}: decoding gave values that are no numbers")
     return pixels, alpha
@@ -145,21 +152,9 @@ def encode_for_host(cache: ModelCache, checkpoint: Checkpoint, pixels: Tensor, *
     with use_vae(cache, checkpoint) as vae, torch.inference_mode():
         if vae.config.get("in_channels") == 4:  # the small model's: opaque
             pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
-        with _in_tiles(vae, tiled):
-            latents = encode_pixels(vae, pixels.unsqueeze(2) if _is_of_videos(vae) else pixels)
+        encoder = in_tiles(vae, max(height, width) // step) if tiled else vae
+        latents = encode_pixels(encoder, pixels.unsqueeze(2) if _is_of_videos(vae) else pixels)
         return for_decoder(vae, latents).float().cpu()
-
-
-@contextmanager
-def _in_tiles(vae: Any, tiled: bool) -> Iterator[None]:
-    if not tiled or not hasattr(vae, "enable_tiling"):
-        yield
-        return
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.use_tiling = False  # the cache's other users share this module
 
 
 def _is_of_videos(vae: Any) -> bool:

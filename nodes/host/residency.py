@@ -114,6 +114,12 @@ class ComfyResidency:
         with self._lock:
             self._pinned.remove(resident)
 
+    def make_room(self) -> int:
+        if memory.is_device_cpu(self.device):  # there is nowhere else to go
+            return 0
+        with self._lock:
+            return self._evict_all()
+
     def forget(self, resident: ComfyResident) -> None:
         """Nothing to do: the patcher dies with the resident, and the host strikes it off its list."""
 

@@ -1,7 +1,7 @@
 """Between pictures and latents: seeded noise, encoding, decoding and a look at what is under way."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..checkpoints import Checkpoint
 from ..model_cache import ModelCache
+from ..private_views import private_view
 from ..residency import is_out_of_memory, place_of
 from .panorama import continued, cut
 
 log = logging.getLogger(__name__)
 
 LARGEST_PREVIEW = 48  # latents a side
+LARGEST_TILE, SMALLEST_TILE = 64, 16  # likewise
 
 
 def seeds_of(seed: int | Sequence[int], count: int) -> Sequence[int]:
@@ -73,25 +75,56 @@ def decode_latents(vae: Any, latents: Tensor, closes: bool = False) -> tuple[Ten
     return (values[:, :3] / alpha.clamp(min=1 / 255)).clamp(0, 1), alpha
 
 
-def decode_or_tile(vae: Any, latents: Tensor, closes: bool = False) -> tuple[Tensor, Tensor, bool]:
-    """``decode_latents`` to the CPU in float32; where memory runs out, once more in tiles and picture by picture.
+def decode_or_tile(
+    vae: Any, latents: Tensor, closes: bool = False, make_room: Callable[[], int] | None = None
+) -> tuple[Tensor, Tensor, bool]:
+    """``decode_latents`` to the CPU in float32. The last value says whether it was done in tiles.
 
-    The last value says whether it was tiled.
+    make_room: of a residency. Where memory runs out, it is done once more when other models have made way, then picture
+    by picture, which changes nothing, then in tiles, which leave faint seams. None tries nothing further.
     """
-    try:
-        pixels, alpha = decode_latents(vae, latents, closes)
-        return pixels.float().cpu(), alpha.float().cpu(), False
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or vae.use_tiling:
-            raise
-        log.warning("out of memory while decoding %s; once more in tiles", tuple(latents.shape))
-    # Out here, where the frames of the failed attempt are gone, and with them what it had decoded.
-    vae.enable_tiling()
-    try:
-        parts = [tuple(side.float().cpu() for side in decode_latents(vae, one, closes)) for one in latents.split(1)]
-    finally:
-        vae.use_tiling = False
-    return torch.cat([pixels for pixels, _ in parts]), torch.cat([alpha for _, alpha in parts]), True
+
+    def ways() -> Iterator[tuple[Any, Sequence[Tensor], bool]]:
+        yield vae, [latents], False
+        if make_room is None:
+            return
+        if make_room():
+            yield vae, [latents], False
+        if len(latents) > 1:
+            yield vae, latents.split(1), False
+        if not getattr(vae, "use_tiling", True):
+            yield in_tiles(vae, max(latents.shape[-2:])), latents.split(1), True
+
+    said = ""
+    for decoder, parts, tiled in ways():
+        try:
+            done = [tuple(side.float().cpu() for side in decode_latents(decoder, part, closes)) for part in parts]
+            return torch.cat([pixels for pixels, _ in done]), torch.cat([alpha for _, alpha in done]), tiled
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error)
+        # Out here, where the frames of the failed attempt are gone, and with them what it had decoded.
+        log.warning("out of memory while decoding %d of %s", len(parts[0]), tuple(latents.shape[1:]))
+    raise torch.OutOfMemoryError(said)
+
+
+def in_tiles(vae: Any, side: int) -> Any:
+    """A view of a VAE that works in tiles; the module, which others share, stays as it is. side: latents, the longer.
+
+    Of itself, diffusers cuts only what is larger than the pictures that a VAE was trained on. Tiles are at most half
+    as long as the side, which take a quarter of the memory, and no larger than a host's.
+    """
+    view = private_view(vae)
+    if not hasattr(view, "use_tiling"):
+        return view
+    view.enable_tiling()
+    if hasattr(view, "tile_latent_min_size"):  # others have tiles of 256 or 512 pixels, whatever they were trained on
+        known = view.tile_latent_min_size
+        tile = min(known, max(SMALLEST_TILE, min(LARGEST_TILE, side // 2)))
+        view.tile_latent_min_size = tile
+        view.tile_sample_min_size = tile * 2 ** (len(view.config.block_out_channels) - 1)
+    return view
 
 
 def preview(vae: Any, latents: Tensor) -> Tensor:

@@ -173,6 +173,16 @@ def check_what_is_in_use_stays():
     assert [entry.pins for entry in cache.stats().entries] == [0] * 3
 
 
+def check_what_lies_idle_makes_room():
+    cache = new_cache()
+    with cache.use(key("a"), layer):
+        use(cache, "bc")
+        idle = 0 if asked_for_cpu else len(on_device(cache)) - 1  # without smart memory it holds one at a time
+        assert cache.residency.make_room() == idle * LAYER_BYTES
+        assert asked_for_cpu or on_device(cache) == ["a"]
+    whole_or_nothing()
+
+
 def check_what_is_moved_off_lies_on_the_cpu():
     residency = host.ComfyResidency()
     expected = GPU if args.gpu_only and not asked_for_cpu else torch.device("cpu")

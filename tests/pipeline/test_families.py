@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from pipeline.checkpoints import Checkpoint, open_checkpoint
 from pipeline.conditioning import FusedConditioning, Pictures
 from pipeline.denoising.diffusers_generation import draw
+from pipeline.denoising.latents import SMALLEST_TILE, in_tiles
 from pipeline.families import FAMILIES
 from pipeline.fusion import fuse
 from pipeline.generation import generate
@@ -385,6 +386,68 @@ def test_out_of_memory_in_decoding_is_tried_once_in_tiles(warm: ModelCache, fami
     finally:
         hook.remove()
     assert not any("in tiles" in notice for notice in generate(warm, checkpoint, words, seed=0, **FRAME).notices)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux2_klein", "qwen_image", "sana"])
+def test_tiles_are_smaller_than_what_did_not_fit(warm: ModelCache, family: Callable[[str], Checkpoint], name: str):
+    """Of the size too that the VAE was trained on, which diffusers' own tiles leave whole."""
+    checkpoint = family(name)
+    with checkpoint.use(warm, "vae") as vae:
+        view = in_tiles(vae, 128)
+        assert view.use_tiling and not vae.use_tiling
+        size = getattr(vae, "tile_latent_min_size", None)
+        if size is None:
+            assert view.tile_sample_min_width <= 512
+            return
+        view.tile_latent_min_size = vae.tile_latent_min_size = 128  # as of a VAE that was trained on large pictures
+        view = in_tiles(vae, 128)
+        vae.tile_latent_min_size = size
+        assert (view.tile_latent_min_size, in_tiles(vae, 8).tile_latent_min_size) == (64, min(size, SMALLEST_TILE))
+        assert view.tile_sample_min_size == 64 * checkpoint.config("vae")["sample_size"] // size
+        latents = torch.randn(1, view.config.latent_channels, 128, 96, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            whole, tiled = (seen.decode(latents, return_dict=False)[0] for seen in (vae, view))
+        assert whole.shape == tiled.shape and 0 < (whole - tiled).abs().mean() < 0.2 * whole.std()
+
+
+def test_a_batch_that_does_not_fit_is_decoded_one_by_one(warm: ModelCache, family: Callable[[str], Checkpoint]):
+    checkpoint = family("sd15")
+    words = condition(warm, checkpoint)
+    expected = generate(warm, checkpoint, words, seed=0, batch_size=2, **FRAME)
+
+    def one_at_a_time(module: torch.nn.Module, values: tuple[torch.Tensor, ...]) -> None:
+        if len(values[0]) > 1:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    with checkpoint.use(warm, "vae") as vae:
+        hook = vae.decoder.register_forward_pre_hook(one_at_a_time)
+    try:
+        drawn = generate(warm, checkpoint, words, seed=0, batch_size=2, **FRAME)
+    finally:
+        hook.remove()
+    assert same(drawn.pixels, expected.pixels) and not any("in tiles" in notice for notice in drawn.notices)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_models_that_lie_idle_make_room_before_anything_is_given_up(tmp_path: Path, part: str):
+    checkpoint, residency = open_checkpoint(save_family("sd15", tmp_path / "sd15")), FakeDevice()
+    cache = ModelCache(residency, 2**32)
+    words = condition(cache, checkpoint)
+    expected = generate(cache, checkpoint, words, seed=0, **FRAME)
+    idle = residency.adopt(torch.nn.Linear(64, 64), "of another pack")
+    residency.acquire(idle)
+    residency.release(idle)
+
+    def while_it_is_there(module: torch.nn.Module, values: tuple[torch.Tensor, ...]) -> None:
+        if idle.on_device:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    with checkpoint.use(cache, part, torch.float16 if part == "unet" else None) as module:
+        (module if part == "unet" else module.decoder).register_forward_pre_hook(while_it_is_there)
+    drawn = generate(cache, checkpoint, words, seed=0, **FRAME)
+    assert not idle.on_device
+    assert torch.equal(drawn.pixels, expected.pixels) and pins(cache) == 0
+    assert not any("in tiles" in notice for notice in drawn.notices)
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux_dev", "sana"])

@@ -78,6 +78,17 @@ def test_out_of_memory_evicts_the_others_and_tries_once_more():
     assert residency.used == 4 * KB
 
 
+def test_all_that_is_not_pinned_makes_room():
+    residency = FakeDevice()
+    a, b = (residency.adopt(layer(4), name) for name in "ab")
+    residency.acquire(a)
+    residency.acquire(b)
+    residency.release(b)
+    assert residency.make_room() == b.bytes
+    assert a.on_device and not b.on_device
+    assert residency.make_room() == 0
+
+
 def test_out_of_memory_twice_is_an_error_with_sizes_and_leaves_nothing_there():
     residency = FakeDevice(capacity=3 * 2**20)
     a, b, large = (residency.adopt(layer(size), name) for size, name in ((1024, "a"), (1024, "b"), (2560, "unet")))
