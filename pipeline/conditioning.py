@@ -1,8 +1,9 @@
 """The values that flow between stages. Nothing here computes; every field states its shape."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -72,6 +73,17 @@ class FusedConditioning:
     negative: "FusedConditioning | None" = None
     notices: tuple[str, ...] = ()
     second: "FusedConditioning | None" = None
+
+
+def all_numbers(value: PromptEmbeds | ImageFeatures | FusedConditioning) -> bool:
+    """Whether no tensor of it holds NaN or infinity."""
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, Tensor) and not torch.isfinite(part).all():
+            return False
+        if isinstance(part, PromptEmbeds | FusedConditioning) and not all_numbers(part):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

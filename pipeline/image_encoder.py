@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint
-from .conditioning import ImageFeatures, Space
+from .conditioning import ImageFeatures, Space, all_numbers
 from .image_preparation import PreparedImage, prepare_image
 from .model_cache import ModelCache, ModelKey
 from .vision.gram import gram_matrix
@@ -39,13 +39,16 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Eye:
-    """An encoder ready to be used. see(network, pixel_values, layer) reads one layer of it."""
+    """An encoder ready to be used, in its own precision (None) or another.
+
+    see(network, pixel_values, layer) reads one layer of it.
+    """
 
     identity: str
     size: int
     mean: Triple
     std: Triple
-    use: Callable[[], AbstractContextManager[Any]]
+    use: Callable[[torch.dtype | None], AbstractContextManager[Any]]
     see: Callable[[Any, Tensor, int], _Seen]
 
 
@@ -72,7 +75,7 @@ def encode_image(
     pools over the tokens by how much of each the mask leaves.
     gram: also give the layer's Gram statistics. batch: "average" makes one of all pictures, "keep" keeps them apart.
     Raises ValueError on bad pictures, an unknown option, a layer that is not there, a mask that hides everything, or a
-    checkpoint without an encoder.
+    checkpoint without an encoder, FloatingPointError where the encoder gives no numbers in float32 either.
     """
     for name, value, known in (("region", region, REGIONS), ("batch", batch, BATCHES)):
         if value not in known:
@@ -81,13 +84,25 @@ def encode_image(
     prepared = prepare_image(pixels, mask, size=eye.size, fit="pad")
     seen_pixels = prepared.pixels if region == "pool" else _on_white(prepared)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (eye.mean, eye.std))
-    with eye.use() as network, torch.inference_mode():
-        place = next(network.parameters())
-        seen = eye.see(network, ((seen_pixels - mean.to(seen_pixels)) / std.to(seen_pixels)).to(place), layer)
-        features = _features(seen, eye.identity, _weights(prepared.mask, seen) if region == "pool" else None)
-        if gram:
-            features = replace(features, gram=gram_matrix(features.tokens, features.weight))
+    normalised = (seen_pixels - mean.to(seen_pixels)) / std.to(seen_pixels)
+    seen_mask = prepared.mask if region == "pool" else None
+    features = _looked(eye, None, normalised, layer, seen_mask, gram)
+    if not all_numbers(features) and features.tokens.dtype != torch.float32:
+        told = f"{eye.identity} gave values that are no numbers in half precision, and looked once more in float32"
+        features = replace(_looked(eye, torch.float32, normalised, layer, seen_mask, gram), notices=(told,))
+    if not all_numbers(features):
+        raise FloatingPointError(f"{eye.identity}: the image encoder gave values that are no numbers")
     return _averaged(features) if batch == "average" and features.tokens.shape[0] > 1 else features
+
+
+def _looked(
+    eye: _Eye, dtype: torch.dtype | None, pixel_values: Tensor, layer: int, mask: Tensor | None, gram: bool
+) -> ImageFeatures:
+    """mask: (B, S, S), to pool by; dtype: None is the encoder's own."""
+    with eye.use(dtype) as network, torch.inference_mode():
+        seen = eye.see(network, pixel_values.to(next(network.parameters())), layer)
+        features = _features(seen, eye.identity, None if mask is None else _weights(mask, seen))
+        return replace(features, gram=gram_matrix(features.tokens, features.weight)) if gram else features
 
 
 def _eye(cache: ModelCache, checkpoint: Checkpoint, encoder: str | ImageEncoder) -> _Eye:
@@ -104,21 +119,23 @@ def _eye(cache: ModelCache, checkpoint: Checkpoint, encoder: str | ImageEncoder)
             224,
             (mean, mean, mean),
             (std, std, std),
-            lambda: _use(cache, weights),
+            lambda _: _use(cache, weights),  # always float32
             _see_efficientnet,
         )
     if not checkpoint.has("image_encoder"):
         raise ValueError(f"expected a model with an image encoder, but {checkpoint.folder.name} has none")
     identity, size = checkpoint.identity_of("image_encoder"), checkpoint.family.image_size
     if size:  # the small model's
-        return _Eye(identity, size, HALF, HALF, lambda: checkpoint.use(cache, "image_encoder"), _see_transformers)
+        return _Eye(
+            identity, size, HALF, HALF, lambda dtype: checkpoint.use(cache, "image_encoder", dtype), _see_transformers
+        )
     folder = checkpoint.components["image_encoder"].folder
     return _eye_on_disk(cache, open_image_encoder(folder, checkpoint.digests), identity)
 
 
 def _eye_on_disk(cache: ModelCache, encoder: ImageEncoder, identity: str) -> _Eye:
     see = _see_timm if encoder.kind == "timm" else _see_transformers
-    return _Eye(identity, encoder.size, encoder.mean, encoder.std, lambda: encoder.use(cache), see)
+    return _Eye(identity, encoder.size, encoder.mean, encoder.std, lambda dtype: encoder.use(cache, dtype), see)
 
 
 def _see_transformers(network: Any, pixel_values: Tensor, layer: int) -> _Seen:
@@ -176,8 +193,9 @@ def _features(seen: _Seen, model: str, weight: Tensor | None) -> ImageFeatures:
     if pooled is None or weight is not None:
         if not seen.averages:
             layer = f"mean of {layer}" if seen.pooled is None else f"mean of tokens before {layer}"
-        shares = torch.ones_like(seen.tokens[..., 0]) if weight is None else weight.to(seen.tokens)
-        pooled = (seen.tokens * shares[..., None]).sum(dim=1) / shares.sum(dim=1, keepdim=True)
+        tokens = seen.tokens.float()  # of many tokens the sums of half precision would end in infinity
+        shares = torch.ones_like(tokens[..., 0]) if weight is None else weight.to(tokens)
+        pooled = ((tokens * shares[..., None]).sum(dim=1) / shares.sum(dim=1, keepdim=True)).to(seen.tokens.dtype)
     return ImageFeatures(seen.tokens, pooled, seen.grid, Space(model, layer, seen.tokens.shape[-1]), weight=weight)
 
 

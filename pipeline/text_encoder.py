@@ -3,9 +3,10 @@
 import torch
 
 from .checkpoints import Checkpoint
-from .conditioning import PromptEmbeds, Space
+from .conditioning import PromptEmbeds, Space, all_numbers
 from .denoising.diffusers_pipelines import pipeline_options
 from .model_cache import ModelCache
+from .text.characters import whole_characters
 from .text.clip_windows import Encoded, Windows, content, cut_windows, encode_windows
 from .text.prompt_pipelines import Heard, encoders_of, hear, split_prompt
 from .text.prompt_weights import Phrase, WeightedPrompt, read_weights
@@ -28,18 +29,19 @@ def encode_prompt(
     for name, text in (("prompt", prompt), ("negative prompt", negative_prompt or "")):
         if len(text) > LONGEST_PROMPT:
             raise ValueError(f"expected a {name} of at most {LONGEST_PROMPT:,} characters, got {len(text):,}")
+    (prompt, halves), (negative_prompt, others) = whole_characters(prompt), whole_characters(negative_prompt or "")
     family = checkpoint.family
-    asked = bool(negative_prompt and negative_prompt.strip())
+    asked = bool(negative_prompt.strip())
     wants_negative = family.takes_negative and (asked or family.default_guidance > 1)
     told = (f"{family.name} hears no negative prompt",) if asked and not family.takes_negative else ()
     wanted, told_too = _weighted(checkpoint, prompt)
-    unwanted, told_last = _weighted(checkpoint, negative_prompt or "") if wants_negative else (None, ())
-    notices = told + told_too + told_last
+    unwanted, told_last = _weighted(checkpoint, negative_prompt) if wants_negative else (None, ())
+    notices = told + told_too + told_last + tuple(dict.fromkeys(halves + others))
     if family.encoded:
         found = _by_pipeline(cache, checkpoint, wanted.text, unwanted.text if unwanted else None, notices)
     else:
         found = _by_windows(cache, checkpoint, wanted, unwanted, notices)
-    if not torch.isfinite(found.tokens).all():
+    if not all_numbers(found):
         raise FloatingPointError(f"{checkpoint.folder.name}: the text encoder gave values that are no numbers")
     return found
 

@@ -42,6 +42,7 @@ NUMBERS = (
     "image_encoder.py",
     "image_preparation.py",
     "language/language_model.py",
+    "text/characters.py",
     "text/clip_windows.py",
     "text/encoder_files.py",
     "text/prompt_pipelines.py",

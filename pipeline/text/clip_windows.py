@@ -88,11 +88,12 @@ def encode_windows(encoder: Any, tokenizer: Any, windows: Windows, *, pads: bool
         pooled = getattr(output, "text_embeds", None)
         if pooled is not None:
             pooled = pooled[: len(counted)]
-            share = counted.sum(dim=1, keepdim=True).to(pooled) - 2  # the marks of beginning and end say nothing
+            share = counted.sum(dim=1, keepdim=True).to(pooled.device).float() - 2  # the two marks say nothing
             share = share.clamp(min=1 if len(counted) == 1 else 0)
             if not share.any():
                 share = torch.ones_like(share)
-            pooled = (pooled * share).sum(dim=0, keepdim=True) / share.sum()
+            # Of many windows the sums of half precision would end in infinity.
+            pooled = ((pooled.float() * share).sum(dim=0, keepdim=True) / share.sum()).to(pooled.dtype)
     return Encoded(hidden.flatten(0, 1)[None], pooled, counted)
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..checkpoints import LOADING_ERRORS, building, own
-from ..conditioning import PromptEmbeds, Space
+from ..conditioning import PromptEmbeds, Space, all_numbers
 from ..files.components import Component, check_model, either, find_weights
 from ..files.content import Content, Digests, small_files
 from ..files.safetensors_files import CheckpointError, read_json, shown
@@ -22,6 +22,7 @@ from ..files.weights import key_of, read_tensors
 from ..language.language_model import CLASSES, LanguageModel, open_language_model
 from ..model_cache import ModelCache
 from ..residency import is_out_of_memory
+from .characters import whole_characters
 from .clip_windows import QUOTED, content, cut_windows, encode_windows
 from .encoder_files import open_encoder_file
 from .prompt_weights import read_weights
@@ -200,10 +201,12 @@ def encode_text(
     layer: 0 what enters the first block, 1 and on what each block gives, -1 the last one after its norm. chat_template:
     the prompt is said as a user says it to a language model. A prompt beyond the encoder's window is cut into windows
     which are encoded apart and joined. Weighted phrases act in CLIP; elsewhere a notice says that they do not.
-    Raises ValueError for a layer or a template that the encoder has not, or text beyond 20,000 characters.
+    Raises ValueError for a layer or a template that the encoder has not, or text beyond 20,000 characters,
+    FloatingPointError where the encoder gives no numbers.
     """
     if len(prompt) > LONGEST_PROMPT:
         raise ValueError(f"expected a prompt of at most {LONGEST_PROMPT:,} characters, got {len(prompt):,}")
+    prompt, halves = whole_characters(prompt)
     weighted, tokenizer = read_weights(prompt), encoder.tokenizer()
     is_clip = encoder.class_name.startswith("CLIP")
     if chat_template and not getattr(tokenizer, "chat_template", None):
@@ -218,10 +221,11 @@ def encode_text(
             from_last = layer if layer < 0 else layer - layers - 1
             found = encode_windows(module, tokenizer, windows, pads=True, layer=0 if from_last == -1 else from_last)
             mask = content(found.counted).flatten()[None]
-            return _embeds(encoder, layer, found.tokens, mask, weighted.notices + windows.notices, found.pooled)
+            notices = halves + weighted.notices + windows.notices
+            return _embeds(encoder, layer, found.tokens, mask, notices, found.pooled)
         plain, notices = (weighted.text, _UNWEIGHTED) if weighted.explicit else (prompt, ())
         tokens, mask, told = _windows(module, encoder, plain, layer, chat_template)
-        return _embeds(encoder, layer, tokens, mask, notices + told)
+        return _embeds(encoder, layer, tokens, mask, halves + notices + told)
 
 
 _UNWEIGHTED = ("this encoder takes no weighted phrases; their words are read without their weights",)
@@ -236,7 +240,10 @@ def _embeds(
     pooled: torch.Tensor | None = None,
 ) -> PromptEmbeds:
     space = Space(encoder.identity, f"hidden_states[{layer}]", tokens.shape[-1])
-    return PromptEmbeds(tokens, pooled, mask, space, notices=notices)
+    found = PromptEmbeds(tokens, pooled, mask, space, notices=notices)
+    if not all_numbers(found):
+        raise FloatingPointError(f"{encoder.path.name}: the text encoder gave values that are no numbers")
+    return found
 
 
 def _windows(

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from pipeline.checkpoints import Checkpoint, CheckpointError
 from pipeline.families import FAMILIES
 from pipeline.fusion import fuse
-from pipeline.image_encoder import encode_image
+from pipeline.image_encoder import _features, _Seen, encode_image
 from pipeline.model_cache import ModelCache
 from pipeline.vision.gram import gram_matrix
 from pipeline.vision.image_encoders import _config_of_header, open_image_encoder
+
+from .devices import FakeDevice
 
 VIT: dict[str, Any] = {
     "hidden_size": 128,  # two heads of 64 channels, as a file's header is read
@@ -56,6 +58,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def picture(batch: int = 1, seed: int = 0, side: int = 56) -> torch.Tensor:
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def overflow(module: torch.nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+    return output * torch.inf if output.dtype == torch.float16 else output
+
+
+def test_one_that_overflows_in_half_precision_looks_once_more(warm: ModelCache, shipped: Checkpoint, folders: Path):
+    cache, encoder = ModelCache(FakeDevice(), 2**32), open_image_encoder(folders / "resnet")
+    with encoder.use(cache) as network:
+        assert next(network.parameters()).dtype == torch.float16
+        network.embedder.register_forward_hook(overflow)
+    seen = encode_image(cache, shipped, picture(), encoder=encoder)
+    assert any("once more in float32" in notice for notice in seen.notices)
+    torch.testing.assert_close(seen.pooled, encode_image(warm, shipped, picture(), encoder=encoder).pooled)
+    with encoder.use(cache, torch.float32) as network:
+        network.embedder.register_forward_hook(lambda module, given, output: output * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"resnet.*: the image encoder gave values that are no numbers"):
+        encode_image(cache, shipped, picture(), encoder=encoder)
+
+
+def test_many_tokens_do_not_overflow_half_precision():
+    """Of each mean the sum is beyond what float16 holds."""
+    tokens = torch.full((1, 256 * 256, 4), 2.0, dtype=torch.float16)
+    seen = _Seen(tokens, None, (256, 256), "stages[0]")
+    assert _features(seen, "cnn", None).pooled.tolist() == [[2.0] * 4]
 
 
 @pytest.mark.parametrize("name", MAKE)

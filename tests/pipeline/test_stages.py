@@ -12,6 +12,7 @@ from pipeline.model_cache import ModelCache
 from pipeline.residency import TorchResidency
 from pipeline.text_encoder import LONGEST_PROMPT, encode_prompt
 
+from .devices import FakeDevice
 from .folders import PROMPTS, save_stable_diffusion
 
 
@@ -61,6 +62,22 @@ def test_a_prompt_that_is_a_file_is_refused(warm: ModelCache, shipped: Checkpoin
 
 def test_unknown_words_are_told(warm: ModelCache, shipped: Checkpoint):
     assert any("not known" in notice for notice in encode_prompt(warm, shipped, PROMPTS["unknown"]).notices)
+
+
+def test_half_of_an_emoji_is_not_read_and_told(warm: ModelCache, shipped: Checkpoint):
+    cut = encode_prompt(warm, shipped, "a \ud83d rose", "\udc39")
+    assert any("half of a character" in notice for notice in cut.notices)
+    pair = encode_prompt(warm, shipped, "a \ud83c\udf39")
+    assert torch.equal(pair.tokens, encode_prompt(warm, shipped, "a \U0001f339").tokens) and not pair.notices
+
+
+def test_words_that_are_no_numbers_are_told_at_once(shipped: Checkpoint):
+    """In whatever they are told: else they would be stored, and another node would be blamed."""
+    cache = ModelCache(FakeDevice(), 2**32)
+    with shipped.use(cache, "text_encoder") as encoder:
+        encoder.text_projection.register_forward_hook(lambda module, given, output: output * torch.inf)
+    with pytest.raises(FloatingPointError, match="the text encoder gave values that are no numbers"):
+        encode_prompt(cache, shipped, "rose")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 4, 50, 20), (2, 3, 64, 64), (1, 1, 9, 9)])
