@@ -15,7 +15,7 @@ from .described import described_once
 from .host import io, model_cache
 from .host import steps as host_steps
 from .host.progress import previews_wanted
-from .images import over_white, to_colour, to_image, to_mask, to_opaque, to_pil, to_pixels
+from .images import over_white, to_colour, to_image, to_mask, to_opaque, to_pixels, to_preview
 from .speed import as_line
 from .stages import stage
 from .stock_objects import to_latent
@@ -202,13 +202,15 @@ def report_steps(model: Checkpoint, plan: SpeedPlan) -> OnStep:
     started = shown = time.monotonic()
 
     def on_step(step: int, total: int, preview: Preview) -> None:
-        nonlocal shown
+        nonlocal shown, wanted
         if total not in bars:  # how many there are is known with the first
             bars[total] = host_steps(total)
         now = time.monotonic()
         left = (now - started) / step * (total - step)
         due = wanted and now - shown > _SHOWN_EVERY_S and left > _SHOWN_EVERY_S
-        bars[total](step, to_pil(preview()) if due else None)
+        picture = to_preview(preview) if due else None
+        bars[total](step, picture)
+        wanted = wanted and not (due and picture is None)
         shown = time.monotonic() if due else shown
 
     return on_step

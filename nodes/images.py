@@ -4,9 +4,14 @@ IMAGE is (B, H, W, C) float in 0..1, MASK is (B, H, W). As the host's Load Image
 is transparent: mask = 1 - alpha. The pipeline has pixels (B, C, H, W), and opacity or alpha, 1 where it is opaque.
 """
 
+import logging
+from collections.abc import Callable
+
 import torch
 from PIL import Image, ImageColor
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def to_pixels(
@@ -51,6 +56,15 @@ def to_mask(opacity: Tensor) -> Tensor:
 def to_pil(pixels: Tensor) -> Image.Image:
     """One picture (3, H, W) in 0..1 -> RGB."""
     return Image.fromarray((255 * pixels.float().clamp(0, 1)).round().byte().movedim(0, -1).cpu().numpy())
+
+
+def to_preview(preview: Callable[[], Tensor]) -> Image.Image | None:
+    """A look at what is under way; None where there is no memory for one, or no way, which does not end the run."""
+    try:
+        return to_pil(preview())
+    except (MemoryError, RuntimeError) as error:
+        log.warning("no preview: %s", error)
+        return None
 
 
 def over_white(pixels: Tensor, alpha: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from ..pipeline.refinement import OnStep, Preview, refine
 from .described import described_once
 from .host import io, model_cache, ui  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
 from .host import steps as host_steps
-from .images import to_image, to_pil
+from .images import to_image, to_preview
 from .stages import stage
 
 
@@ -78,6 +78,6 @@ def _report(total: int) -> OnStep:
     tell = host_steps(total)
 
     def on_step(step: int, total: int, loss: float, preview: Preview) -> None:
-        tell(step, to_pil(preview()))
+        tell(step, to_preview(preview))
 
     return on_step

@@ -26,7 +26,7 @@ from .denoising.nan_guard import NanGuard
 from .denoising.unet_sampler import denoise
 from .denoising.walks import steps_walked
 from .model_cache import ModelCache
-from .private_views import pictures_shown
+from .private_views import pictures_shown, private_view
 from .residency import OutOfDeviceMemory, is_out_of_memory, place_of
 from .speed_plan import SpeedPlan
 
@@ -93,6 +93,8 @@ class Drawing:
     def decode_beside(self, executor: Executor) -> None:
         """Begin to decode on another thread. What fails there is done again by ``pictures``, which tells of it."""
         decoder = self._held.enter_context(self._decoders.use(self._task.cache, self._task.checkpoint, self._plan))
+        if "z_dim" in getattr(decoder, "config", ()):  # one of films, which keeps what it is about to need on itself
+            decoder = private_view(decoder)
         # Now, since the next run's uses and its new maximum of memory are none of this one's.
         self._uses, self._peak = self._meter.uses(), self._meter.peak_bytes()
         self._beside = executor.submit(self._decoded_beside, decoder)

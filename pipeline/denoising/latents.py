@@ -134,7 +134,8 @@ def preview(vae: Any, latents: Tensor) -> Tensor:
     if largest > LARGEST_PREVIEW:
         small = [max(1, round(side * LARGEST_PREVIEW / largest)) for side in first.shape[-2:]]
         film = first.ndim == 5
-        first = F.interpolate(first.squeeze(2) if film else first, size=small, mode="area")
+        first = (first.squeeze(2) if film else first).float().cpu()  # Apple's GPUs shrink by whole numbers only
+        first = F.interpolate(first, size=small, mode="area")
         first = first.unsqueeze(2) if film else first
     pixels, alpha = decode_latents(vae, first)
     return (pixels * alpha + 1 - alpha)[0]

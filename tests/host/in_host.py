@@ -347,6 +347,22 @@ def check_nodes_describe_themselves_once_and_anew_for_a_new_file():
     }  # fmt: skip
 
 
+def check_a_preview_that_fails_ends_no_run():
+    generation = importlib.import_module(f"{PACK}.nodes.generation")
+    model: Any = types.SimpleNamespace(family=types.SimpleNamespace(tasks=None))
+    looked = []
+
+    def preview() -> torch.Tensor:
+        looked.append(True)
+        raise torch.OutOfMemoryError("no room to look")
+
+    on_step = generation.report_steps(model, generation.EXACT)
+    for step in (1, 2):
+        time.sleep(0.15)
+        on_step(step, 1000, preview)
+    assert looked == [True], "it is asked for again, where the first one failed"
+
+
 def main() -> None:
     outcomes = {}
     for name, check in list(globals().items()):

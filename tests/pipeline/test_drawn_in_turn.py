@@ -18,6 +18,7 @@ from pipeline.grid import draw_variants
 from pipeline.model_cache import ModelCache
 from pipeline.text_encoder import encode_prompt
 
+from .family_folders import save_family
 from .folders import save_stable_diffusion
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2}
@@ -94,6 +95,26 @@ def test_models_are_brought_on_the_callers_own_thread(cue: Cue, monkeypatch: pyt
         monkeypatch.setattr(cue[0].residency, name, seen)
     list(in_turn(cue))
     assert threads == {threading.current_thread()}
+
+
+def test_a_decoder_that_keeps_notes_on_itself_is_not_shared(
+    warm: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One of films does, and previews of the next run ask the same module."""
+    model = open_checkpoint(save_family("qwen_image", tmp_path / "qwen"))
+    cue = warm, model, fuse(warm, model, encode_prompt(warm, model, "a red rose"), None)
+    real, seen = drawings.decode_or_tile, []
+
+    def decode(decoder: Any, *arguments: Any) -> Any:
+        seen.append(decoder)
+        return real(decoder, *arguments)
+
+    monkeypatch.setattr(drawings, "decode_or_tile", decode)
+    drawn = list(in_turn(cue))
+    monkeypatch.undo()
+    with model.use(warm, "vae") as vae:
+        assert len(seen) == len(SEEDS) and not any(decoder is vae for decoder in seen[:-1])
+    assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(drawn, alone(cue), strict=True))
 
 
 def test_who_interrupts_waits_for_the_decoder_and_leaves_nothing_pinned(cue: Cue):
