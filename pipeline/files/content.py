@@ -39,7 +39,7 @@ _NAMED_ALIKE = {"", "as_is", "clip", "diffusers_flux", "diffusers_unet", "qwen_i
 _LIBRARIES = ("diffusers", "transformers")  # whose classes have defaults for what a configuration leaves out
 _SMALL = (".jinja", ".json", ".model", ".txt")
 _MOST_REMEMBERED = 4096
-_LARGEST_MEMORY = 4 * 2**20
+_LARGEST_MEMORY = 16 * 2**20  # a place is a few hundred bytes, of a model in many files some thousands
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Digests:
 
         library: "" where the class has no defaults to add to its configuration.
         """
-        as_given = json.dumps(dict(config), sort_keys=True, default=repr)
+        # By its digest: a LoRA's settings may be a megabyte of text, and all that is remembered is one small file.
+        as_given = hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=repr).encode()).hexdigest()
         config_digest = self._config(("given", library, class_name, as_given), library, class_name, lambda: config)
         return self._content(weights, f"{library}.{class_name} {_form(form)} {config_digest}", "", 0)
 

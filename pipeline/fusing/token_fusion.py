@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..checkpoints import LOADING_ERRORS
 from ..conditioning import FusedConditioning, ImageFeatures
 from ..files.components import check_model, find_weights
 from ..files.content import Digests
 from ..files.safetensors_files import CheckpointError, check_weights, read_json, shown
 from ..files.weights import key_of, read_tensors, shapes_of
 from ..model_cache import ModelCache
+from ..residency import is_out_of_memory
 from .cross_attention import TokenCrossAttention
 
 METHODS = ("concat", "cross-attention")
@@ -51,7 +54,9 @@ class TokenAdapter:
                 network: Any = (ReduxImageEncoder if self.kind == REDUX else TokenCrossAttention)(**self.config)
                 network.load_state_dict(read_tensors(self.weights))
                 return network.to(dtype).eval().requires_grad_(False)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (*LOADING_ERRORS, SafetensorError) as error:
+            if is_out_of_memory(error) or isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"{self.name}: expected weights of a {self.kind}, got: {str(error)[:300]}") from error
 
 

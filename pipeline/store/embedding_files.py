@@ -183,7 +183,12 @@ def _check(value: Embeddings) -> None:
         raise ValueError(f"expected pooled of shape (B, P), found {shown(getattr(pooled, 'shape', pooled))}")
     if not isinstance(value.notices, tuple) or not all(isinstance(notice, str) for notice in value.notices):
         raise ValueError(f"expected sentences as notices, found {shown(value.notices)}")
+    grid = value.grid if isinstance(value, ImageFeatures | FusedConditioning) else None
+    if isinstance(value, ImageFeatures) or grid is not None:
+        _check_grid(grid, tokens.shape[1], whole=isinstance(value, ImageFeatures))
     if isinstance(value, ImageFeatures):
+        if pooled is None:
+            raise ValueError("expected pooled features of a picture, found none")
         return
     if not isinstance(value.mask, Tensor) or value.mask.shape != tokens.shape[:2] or value.mask.dtype != torch.bool:
         raise ValueError(f"expected a mask of shape {tuple(tokens.shape[:2])}, found {shown(value.mask)}")
@@ -192,6 +197,14 @@ def _check(value: Embeddings) -> None:
             if type(other) is not type(value):
                 raise ValueError(f"expected a negative of the same kind, found {shown(type(other))}")
             _check(other)
+
+
+def _check_grid(grid: object, tokens: int, whole: bool) -> None:
+    """whole: one grid; else there may be several ways to draw, one after the other."""
+    sides = grid if isinstance(grid, tuple) and len(grid) == 2 else ()
+    area = sides[0] * sides[1] if sides and all(type(side) is int and side > 0 for side in sides) else 0
+    if not area or tokens % area or (whole and tokens != area):
+        raise ValueError(f"expected a grid (h, w) for {tokens} tokens, found {shown(grid)}")
 
 
 def moved(value: Any, device: torch.device) -> Any:

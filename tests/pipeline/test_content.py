@@ -143,6 +143,13 @@ def test_a_digest_is_remembered_on_disk_until_the_file_changes(
     assert [path.name for path in folder.iterdir()] == ["weights.json"]
 
 
+def test_large_configurations_do_not_fill_what_is_remembered(mini: Path, tmp_path: Path):
+    folder, weights = tmp_path / "cache", [mini / "unet/diffusion_pytorch_model.safetensors"]
+    for number in range(3):
+        Digests(folder).of_network(weights, "", "LoRA", {"settings": f"{number}" * 2**20})
+    assert (folder / "weights.json").stat().st_size < 10_000
+
+
 def test_a_disk_that_cannot_be_written_costs_only_the_memory(mini: Path, tmp_path: Path):
     (tmp_path / "cache").write_text("a file where a folder is wanted")
     digests = Digests(tmp_path / "cache")

@@ -205,6 +205,22 @@ def test_a_file_that_is_not_what_it_should_be_is_replaced(store: EmbeddingStore,
     assert list(store.folder.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (replace(fused(), grid=(0, 0)), "expected a grid .* for 4 tokens"),
+        (replace(fused(), grid=(3, 1)), "expected a grid .* for 4 tokens"),
+        (replace(fused(), grid=(2.0, 2)), "expected a grid .* for 4 tokens"),  # type: ignore[arg-type]
+        (replace(picture(), grid=(2, 1)), "expected a grid .* for 4 tokens"),
+        (replace(picture(), pooled=None), "expected pooled features"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_file_of_shapes_that_do_not_fit_is_refused(value: Embeddings, said: str, tmp_path: Path):
+    write_embeddings(tmp_path / "odd.safetensors", value)
+    with pytest.raises(CheckpointError, match=said):
+        read_embeddings(tmp_path / "odd.safetensors")
+
+
 def test_what_a_killed_process_left_goes_and_other_files_stay(store: EmbeddingStore):
     store.folder.mkdir()
     left = store.folder / f"{'a' * 64}.{'b' * 32}.part"
