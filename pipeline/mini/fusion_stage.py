@@ -19,7 +19,7 @@ SAID_WEIGHT = {
     1: [((0.5, 0.0, 0.5625, 0.5625), 16.0)],
     2: [((0.125, 0.375, 0.4375, 0.625), 4.0), ((0.5625, 0.375, 0.875, 0.625), 4.0)],
 }
-EXIT_HIDDEN = 2560  # what 60 MB leave room for, see FusionNetwork
+EXIT_HIDDEN = 3500  # what 60 MB leave room for, see FusionNetwork
 ENDS_WEIGHT = 0.5  # of the difference of the errors at a panorama's two ends, which meet only where it is small
 
 
@@ -64,14 +64,26 @@ def new_fusion(tables: Tables) -> FusionNetwork:
 
 
 def reaching_further(network: FusionNetwork) -> FusionNetwork:
-    """The same function, of a network that ends in a gated layer too; one that does is returned as it is."""
-    if network.exit_block is not None:
+    """The same function, of a network whose gated last layer has EXIT_HIDDEN units; one that has is returned as it is.
+
+    Units that it had not add nothing until they have learned.
+    """
+    had = network.config["exit_hidden"]
+    if had >= EXIT_HIDDEN:
         return network
     wider = FusionNetwork(**{**configured(network), "exit_hidden": EXIT_HIDDEN})
-    wider.load_state_dict(network.state_dict(), strict=False)
     assert wider.exit_block is not None
     nn.init.zeros_(wider.exit_block.narrow.weight)
     nn.init.zeros_(wider.exit_block.narrow.bias)
+    state = wider.state_dict()
+    for name, weights in network.state_dict().items():
+        if state[name].shape == weights.shape:
+            state[name].copy_(weights)
+        elif name.startswith("exit_block.widen"):  # gates, then values
+            for into, known in zip(state[name].chunk(2), weights.chunk(2), strict=True):
+                into[:had] = known
+        else:
+            state[name][:, :had] = weights
     return wider
 
 

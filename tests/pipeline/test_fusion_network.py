@@ -15,11 +15,12 @@ from pipeline.mini.parts import read_part, ship
 WAYS, PLACES, CHANNELS = 4, 16, 3
 
 
-def network(chooses: bool = True) -> FusionNetwork:
+def network(chooses: bool = True, exit_hidden: int = 0) -> FusionNetwork:
     torch.manual_seed(0)
     return FusionNetwork(
-        text_width=8, image_width=6, width=16, hidden=16, grid=4, channels=CHANNELS, ways=WAYS, chooses=chooses
-    ).eval()
+        text_width=8, image_width=6, width=16, hidden=16, grid=4, channels=CHANNELS, ways=WAYS, chooses=chooses,
+        exit_hidden=exit_hidden,
+    ).eval()  # fmt: skip
 
 
 def that_prefers(place: int) -> FusionNetwork:
@@ -123,8 +124,9 @@ def test_a_gated_exit_reaches_more_directions_than_the_network_is_wide():
 
 
 @torch.no_grad()
-def test_a_network_that_learns_to_reach_further_begins_where_it_was():
-    before, words, picture = network(), torch.randn(3, 8), torch.randn(3, 6)
+@pytest.mark.parametrize("had", [0, 24])
+def test_a_network_that_learns_to_reach_further_begins_where_it_was(had: int):
+    before, words, picture = network(exit_hidden=had), torch.randn(3, 8), torch.randn(3, 6)
     further = reaching_further(before)
     assert further.config["exit_hidden"] == EXIT_HIDDEN and reaching_further(further) is further
     torch.testing.assert_close(further(words, picture), before(words, picture))
