@@ -17,6 +17,8 @@ from .training_set import TrainingSet
 # seventh of the concepts.
 WAYS = tuple(STYLES.index(name) for name in ("fluent-3d", "noto", "twemoji", "fluent-color", "fluent-flat", "blob"))
 assert len(WAYS) == LAYOUTS
+READ = (*WAYS, *(style for style in range(len(STYLES)) if style not in WAYS))  # the styles, by FusionNetwork's numbers
+NUMBER_OF = np.argsort(READ)  # those of each style
 NAME_SHARE = 0.85  # how often a concept is called by its name; a keyword such as "love" names many pictures at once
 # The remaining share sees a picture alone. Scenes have no style to take from another picture.
 BOTH_SHARE, WORDS_SHARE = 0.78, 0.14
@@ -32,7 +34,8 @@ DOMAIN_SHARES = (0.78, 0.14, 0.08)  # of a batch: emoji, of which there is most 
 class Batch:
     """text: (B, 512); image: (B, 256); has_text, has_image: (B, 1) bool; rows: (B,) pictures that are meant.
 
-    way: (B,), the way to draw what words alone mean: a style of drawings, a layout of scenes.
+    way: (B,), the way to draw what words mean: a style of drawings, by its place in READ, a layout of scenes. Of words
+    beside a drawing that is all that is left of it (see FusionNetwork), and ``has_image`` false.
     """
 
     text: Tensor
@@ -84,6 +87,17 @@ class Examples:
         parts += [self._scenes(pick, domain, count) for domain, count in enumerate(counts, start=1)]
         return _joined([part for part in parts if len(part.rows)])
 
+    def shown(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 256), some of them several in any proportions, and their styles' places in READ (B,), of scenes
+        one more.
+        """
+        pick = np.random.default_rng([step, 10])
+        domain = pick.choice(len(self._rows), size, p=DOMAIN_SHARES)
+        rows = np.stack([pick.choice(rows, size) for rows in self._rows])
+        drawn = self._style_or_content(pick, rows[0], pick.random(size) < TOGETHER_SHARE)
+        image = torch.where(index(domain == 0)[:, None], drawn, self._shown(pick, rows[domain, np.arange(size)]))
+        return image, index(np.where(domain == 0, NUMBER_OF[self._style[rows[0]]], len(READ)))
+
     def ask(self, step: int, size: int) -> Asked:
         """Words of anything that was learned beside a picture of any style, whether they were learned together or not.
 
@@ -110,8 +124,9 @@ class Examples:
         has_text, has_image = _given(pick, size, BOTH_SHARE, WORDS_SHARE)
         way = self._ways.draw(pick, self._concept[rows])
         rows = np.where(has_image, rows, self._drawings[way, self._concept[rows]])
+        way = np.where(has_image, NUMBER_OF[self._style[rows]], way)
         text = self._said(pick, self._concept[rows])
-        return _batch(text, self._style_or_content(pick, rows, has_text), has_text, has_image, rows, way)
+        return _batch(text, self._shown(pick, rows), has_text, ~has_text, rows, way)
 
     def _said(self, pick: np.random.Generator, concepts: np.ndarray) -> Tensor:
         """(B, 512): a caption of each."""
@@ -147,10 +162,9 @@ def by_way(concept: np.ndarray, style: np.ndarray, rows: np.ndarray, concepts: i
     """(WAYS, concepts): the row that words alone mean. A concept not drawn in a way's style is drawn in the first that
     there is, those of WAYS before the others; -1 where there is none at all.
     """
-    order = [*WAYS, *(other for other in range(len(STYLES)) if other not in WAYS)]
     of_style = np.full((len(STYLES), concepts), -1)
     of_style[style, concept] = rows
-    ordered = of_style[order]
+    ordered = of_style[list(READ)]
     first = ordered[(ordered >= 0).argmax(axis=0), np.arange(concepts)]
     found = ordered[: len(WAYS)]
     return np.where(found >= 0, found, first)

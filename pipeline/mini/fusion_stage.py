@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..denoising.unet_sampler import stretched
 from ..fusing.fusion_network import FusionNetwork
-from .examples import WAYS, Batch, Examples
+from .examples import READ, WAYS, Batch, Examples
 from .loop import Plan, device, run_stage, seeded
 from .tables import Tables, index
 from .training_set import TrainingSet
@@ -56,7 +56,7 @@ def new_fusion(tables: Tables) -> FusionNetwork:
     grid, channels = tables.grid_and_channels
     network = FusionNetwork(
         hidden=1280, num_blocks=3, gated=True, grid=grid, channels=channels, ways=len(WAYS), chooses=True,
-        exit_hidden=EXIT_HIDDEN,
+        exit_hidden=EXIT_HIDDEN, styles=len(READ),
     )  # fmt: skip
     with torch.no_grad():
         network.exit.bias.copy_(tables.means().mean(0).flatten())
@@ -101,6 +101,8 @@ def train_fusion(
 ) -> FusionNetwork:
     """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128."""
     torch.manual_seed(0)
+    if network.reader is not None:
+        network.reader.requires_grad_(False)  # nothing that is drawn passes through it
     examples = Examples(pictures, tables)
     means, weights = tables.means(), said_weight(tables.grid_and_channels[0]).to(device())
 

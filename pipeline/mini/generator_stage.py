@@ -28,7 +28,7 @@ TRAIN_TIMESTEPS = 1000
 # Up to this much blur, each example its own, where the fusion network was taught with half of it: on unseen pairs it
 # errs more, and this must be mended too. Much blur for all (0.15) made every style look like the most frequent one.
 BLUR = 0.1
-# Of drawings by words and a picture, these are begun between two styles, up to half of the way to the other: where a
+# Of drawings by words, these are begun between two styles, up to half of the way to the other: where a
 # pair was never seen together, the fusion network's first picture lies between designs too.
 BETWEEN_SHARE, BETWEEN = 0.35, 0.5
 WIDE_EVERY = 3  # steps, of which one sees panoramas, whose latents are of another shape
@@ -85,10 +85,10 @@ class Starts:
 
         drawings: how many of the batch these are, which come first.
         """
-        image = torch.cat([drawn.image[:drawings].roll(1, 0), drawn.image[drawings:]])
-        tokens = fused(self._network, replace(drawn, image=image), blur, generator).float()
+        way = torch.cat([drawn.way[:drawings].roll(1, 0), drawn.way[drawings:]])
+        tokens = fused(self._network, replace(drawn, way=way), blur, generator).float()
         lots = torch.rand(2, len(tokens), 1, 1, generator=generator, device=device())
-        far = BETWEEN * lots[0] * (lots[1] < BETWEEN_SHARE) * (drawn.has_text & drawn.has_image)[:, :, None]
+        far = BETWEEN * lots[0] * (lots[1] < BETWEEN_SHARE) * drawn.has_text[:, :, None]
         far[drawings:] = 0
         return tokens, far
 

@@ -61,7 +61,7 @@ def ship(part: Any, folder: Path) -> None:
     part.cpu().half()
     if isinstance(part, FusionNetwork):
         for name, layer in part.named_modules():
-            if isinstance(layer, nn.Linear) and not name.startswith("choice."):
+            if isinstance(layer, nn.Linear) and not name.startswith(("choice.", "reader.")):
                 layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
     part.save_pretrained(folder, safe_serialization=True)
     _forget_origin(folder / "config.json")

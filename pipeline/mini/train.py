@@ -28,6 +28,7 @@ from .generator_stage import new_generator, train_generator
 from .loop import Plan, device
 from .parts import export, keep, read_part
 from .pictures import PictureSet
+from .reader_stage import train_reader
 from .tables import load_tables
 from .training_set import SIZE, load_training_set
 from .vision import new_image_encoder, train_image_encoder
@@ -137,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = load_tables(work, pictures, captions, tokenizer, text_encoder, image_encoder, vae)
     fusion = part(
         "fusion", "fusion", FusionNetwork, lambda: new_fusion(tables),
-        lambda begun, plan: train_fusion(work, pictures, tables, reaching_further(begun), plan),
+        lambda begun, plan: train_fusion(
+            work, pictures, tables, train_reader(work, pictures, tables, reaching_further(begun)), plan
+        ),
     )  # fmt: skip
     if "choice" not in wanted:
         return

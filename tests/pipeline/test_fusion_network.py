@@ -9,17 +9,17 @@ from torch import Tensor
 
 from pipeline.fusing.fusion_network import FusionNetwork
 from pipeline.mini.choice_stage import choosing
-from pipeline.mini.fusion_stage import EXIT_HIDDEN, reaching_further
+from pipeline.mini.fusion_stage import EXIT_HIDDEN, configured, reaching_further
 from pipeline.mini.parts import read_part, ship
 
 WAYS, PLACES, CHANNELS = 4, 16, 3
 
 
-def network(chooses: bool = True, exit_hidden: int = 0) -> FusionNetwork:
+def network(chooses: bool = True, exit_hidden: int = 0, styles: int = 0) -> FusionNetwork:
     torch.manual_seed(0)
     return FusionNetwork(
         text_width=8, image_width=6, width=16, hidden=16, grid=4, channels=CHANNELS, ways=WAYS, chooses=chooses,
-        exit_hidden=exit_hidden,
+        exit_hidden=exit_hidden, styles=styles,
     ).eval()  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def that_differs() -> FusionNetwork:
 
 def offered(by: FusionNetwork, words: Tensor, picture: Tensor) -> Tensor:
     """(B, 1 + WAYS, PLACES, CHANNELS): what both mean together, and the words in each way."""
-    plain = network(chooses=False)
+    plain = FusionNetwork(**{**configured(by), "chooses": False})
     plain.load_state_dict(by.state_dict(), strict=False)
     return torch.cat([plain(words, picture)[:, None], plain(words, None).unflatten(1, (WAYS, PLACES))], dim=1)
 
@@ -133,8 +133,44 @@ def test_a_network_that_learns_to_reach_further_begins_where_it_was(had: int):
 
 
 @torch.no_grad()
+def test_a_picture_beside_words_stands_for_its_style_alone_where_that_is_known():
+    made, words, pictures = network(chooses=False, styles=WAYS + 2), torch.randn(3, 8), torch.randn(3, 6)
+    assert made.reader is not None and made.null_image.shape == (WAYS + 2, 6)
+    assert made(words, None).shape == (3, WAYS * PLACES, CHANNELS), "words alone are drawn in the ways"
+    for style in range(WAYS + 3):
+        made.reader.score.bias.fill_(0)[style] = 99.0
+        said = made(words, pictures)
+        torch.testing.assert_close(made(None, pictures), fused(made, None, made.image_norm(pictures)))
+        if style < WAYS + 2:
+            known = made.null_image[style].expand(3, -1)
+            torch.testing.assert_close(said, fused(made, words, known))
+            torch.testing.assert_close(made(words, pictures.flip(0)), said)
+        else:
+            torch.testing.assert_close(said, fused(made, words, made.image_norm(pictures)))
+    torch.testing.assert_close(made(words, None)[:, :PLACES], fused(made, words, made.null_image[:1].expand(3, -1)))
+
+
+@torch.no_grad()
+def test_each_of_a_batch_is_read_and_chosen_for_by_itself():
+    made, words, pictures = network(styles=WAYS + 2), torch.randn(40, 8), torch.randn(40, 6)
+    assert made.reader is not None and made.choice is not None
+    for layer in (made.reader.score, made.choice.score):
+        torch.nn.init.normal_(layer.weight, std=50)
+    assert len(set(made.reader(made.image_norm(pictures)).argmax(dim=1).tolist())) > 2
+    together = made(words, pictures)
+    for place in range(0, 40, 7):
+        alone = made(words[place : place + 1], pictures[place : place + 1])
+        torch.testing.assert_close(together[place], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def fused(by: FusionNetwork, words: Tensor | None, image: Tensor) -> Tensor:
+    left = by.null_text.expand(len(image), -1) if words is None else by.text_norm(words)
+    return by.fuse_normalised(torch.cat([left, image], dim=1))
+
+
+@torch.no_grad()
 def test_layers_ship_in_eight_bits_and_the_rest_in_sixteen(tmp_path: Path):
-    made, words, picture = reaching_further(network()).eval(), torch.randn(64, 8), torch.randn(64, 6)
+    made, words, picture = reaching_further(network(styles=WAYS)).eval(), torch.randn(64, 8), torch.randn(64, 6)
     assert made.exit_block is not None
     torch.nn.init.normal_(made.exit_block.narrow.weight, std=0.02)
     before = offered(made, words, picture)
@@ -144,7 +180,8 @@ def test_layers_ship_in_eight_bits_and_the_rest_in_sixteen(tmp_path: Path):
     small = {name for name, kind in stored.items() if kind == "F8_E4M3"}
     assert {"entry.weight", "blocks.0.widen.weight", "exit.weight", "exit_block.narrow.weight"} <= small
     assert all(stored[name] == "F16" for name in stored.keys() - small)
-    assert not {name for name in small if not name.endswith(".weight") or "norm" in name or "choice" in name}
+    assert not {name for name in small if not name.endswith(".weight") or "norm" in name}
+    assert not {name for name in small if name.startswith(("choice.", "reader."))}
     read = read_part(tmp_path / "fusion", FusionNetwork).eval()
     assert {weight.dtype for weight in read.parameters()} == {torch.float32}
     assert float((offered(read, words, picture) - before).square().mean() / before.var()) < 5e-3

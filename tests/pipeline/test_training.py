@@ -12,6 +12,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
+from pipeline.fusing.fusion_network import FusionNetwork
 from pipeline.mini.autoencoder import (
     DECODER_LAYERS,
     deepened,
@@ -22,13 +23,14 @@ from pipeline.mini.autoencoder import (
 from pipeline.mini.catalogue import STYLES, Concept, HoldOut
 from pipeline.mini.choice_stage import lessons_of, train_choice
 from pipeline.mini.curves import draw_curves, read_curves
-from pipeline.mini.examples import WAYS, Examples
+from pipeline.mini.examples import READ, WAYS, Examples
 from pipeline.mini.finish_losses import ImageNetEye, LineUp, layers_apart
 from pipeline.mini.finish_stage import train_finish
-from pipeline.mini.fusion_stage import new_fusion, on_grid, said_weight, train_fusion
+from pipeline.mini.fusion_stage import configured, new_fusion, on_grid, said_weight, train_fusion
 from pipeline.mini.generator_stage import new_generator, train_generator
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
+from pipeline.mini.reader_stage import train_reader
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
@@ -152,21 +154,33 @@ def test_a_batch_holds_each_domain_with_its_own_words(pictures: TrainingSet, tab
     for place in np.flatnonzero(pictures.domain_of(drawn.rows) > 0):
         own = tables.scene_captions[drawn.rows[place] - pictures.starts[1]]
         assert (own == drawn.text[place].cpu()).all(dim=1).any(), "a scene is called by its own captions"
-    several = 0
     for place in range(78):
         row = drawn.rows[place]
         own = tables.captions[tables.caption_concept == pictures.emoji.concept[row]]
         assert (own == drawn.text[place].cpu()).all(dim=1).any(), "a drawing is called by its concept's words"
-        alike = pictures.emoji.style == pictures.emoji.style[row]
-        rows = np.flatnonzero(alike) if drawn.has_text[place] else np.array([row])
-        shown = tables.features[rows].flatten(0, 1)
-        share = torch.linalg.lstsq(shown.T, drawn.image[place].cpu()[:, None]).solution
-        assert torch.allclose(shown.T @ share, drawn.image[place].cpu()[:, None], atol=1e-3)
-        assert share.min() > -1e-3 and share.sum() == pytest.approx(1, abs=1e-3), "others in its style, or itself"
-        several += int(share.max() < 0.99)
-    assert 20 < several < 52, "about half of the styles are shown by several pictures"
+        assert (tables.features[row] == drawn.image[place].cpu()).all(dim=1).any(), (
+            "by itself, where there are no words"
+        )
+        assert READ[int(drawn.way[place])] == pictures.emoji.style[row], "and by its style where there are"
+    assert torch.equal(drawn.has_image[:78], ~drawn.has_text[:78])
     again = Examples(pictures, tables).draw(3, 100)
     assert torch.equal(drawn.text, again.text) and np.array_equal(drawn.rows, again.rows)
+
+
+def test_a_style_is_shown_by_one_picture_or_by_several(pictures: TrainingSet, tables: Tables):
+    image, style = Examples(pictures, tables).shown(3, 100)
+    several = 0
+    for shown, number in zip(image.cpu(), style.tolist(), strict=True):
+        drawings = number < len(READ)
+        rows = np.flatnonzero(pictures.emoji.style == READ[number]) if drawings else np.arange(48, 64)
+        views = tables.features[rows].flatten(0, 1)
+        share = torch.linalg.lstsq(views.T, shown[:, None]).solution
+        assert torch.allclose(views.T @ share, shown[:, None], atol=1e-3)
+        assert share.min() > -1e-3 and share.sum() == pytest.approx(1, abs=1e-3)
+        assert drawings or share.max() > 0.99
+        several += int(share.max() < 0.99)
+    assert 10 < several < 32, "a quarter of the drawings"
+    assert set(style.tolist()) == {*range(len(READ)), len(READ)}
 
 
 def test_what_is_held_out_is_neither_drawn_nor_stood_for_by_another_style(pictures: TrainingSet, tables: Tables):
@@ -175,7 +189,7 @@ def test_what_is_held_out_is_neither_drawn_nor_stood_for_by_another_style(pictur
     of_it = pictures.emoji.concept[drawn.rows] == concept
     assert of_it.sum() > 400 and (pictures.emoji.style[drawn.rows[of_it]] != style).all()
     ways = drawn.way.cpu().numpy()[of_it & ~drawn.has_image.cpu().numpy()[:, 0]]
-    assert set(ways.tolist()) == set(range(len(WAYS))) - {WAYS.index(style)}
+    assert set(ways.tolist()) == set(range(len(READ))) - {READ.index(style)}
 
 
 def test_curves_of_several_runs_are_drawn_one_after_the_other(tmp_path: Path):
@@ -280,6 +294,30 @@ def test_a_choice_is_taught_what_was_learned_together_and_which_way_will_do(
     worth = lessons.worth[at]
     gained = worth.gather(1, scores[:, 1:].argmax(dim=1, keepdim=True)).mean()
     assert float(gained) > 1.1 * float(worth.mean())
+
+
+def test_a_reader_learns_the_styles_of_pictures(pictures: TrainingSet, tables: Tables, tmp_path: Path):
+    drawn, count = pictures.emoji.style, len(tables.features)
+    kinds = np.concatenate([drawn, np.full(count - len(drawn), len(STYLES))])
+    look = 2 * torch.randn(len(STYLES) + 1, 1, 256, generator=torch.Generator().manual_seed(0))
+    styled = replace(tables, features=tables.features + look[torch.from_numpy(kinds)])
+    plan = Plan(steps=80, batch=128, learning_rate=5e-3, warmup=1, weight_decay=0.0, average=0.5)
+    begun = FusionNetwork(**{**configured(new_fusion(styled)), "styles": 0})
+    taught = train_reader(tmp_path, pictures, styled, begun, plan)
+    assert (tmp_path / "reader-curve.csv").read_text().splitlines()[0] == "step,style"
+    assert taught.reader is not None
+    assert torch.equal(taught.null_image[: len(WAYS)], begun.null_image)
+    of_style = styled.features[: len(drawn)][drawn == READ[-1]][:, 0]
+    assert torch.allclose(taught.null_image[-1], taught.image_norm(of_style).mean(dim=0), atol=1e-5)
+    image, style = Examples(pictures, styled).shown(1000, 512)
+    with torch.no_grad():
+        read = taught.reader(taught.image_norm(image)).argmax(dim=1)
+    assert float((read == style).float().mean()) > 0.9
+    before = deepcopy(taught.reader.state_dict())
+    few = Plan(steps=5, batch=32, learning_rate=1e-2, warmup=1, weight_decay=0.0, average=0.1)
+    train_fusion(tmp_path, pictures, styled, taught, few)
+    for name, weights in taught.reader.state_dict().items():
+        assert torch.equal(before[name], weights), "what a style is does not change by what is drawn"
 
 
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
