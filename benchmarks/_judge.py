@@ -170,3 +170,13 @@ def questions_of(pictures: PictureSet, count: int) -> dict[str, list[Question]]:
         return Question(concept, style, int(pick.choice(others)))
 
     return {kind: [question(*pair) for pair in pairs] for kind, pairs in kinds.items()}
+
+
+def by_unseen_pictures(pictures: PictureSet, questions: Sequence[Question]) -> list[Question]:
+    """The same, but the style is shown by a picture that was held out."""
+    pick = np.random.default_rng(SEED)
+    unseen = np.setdiff1d(np.arange(len(pictures.style)), pictures.training_rows())
+    return [
+        replace(question, style_row=int(pick.choice(unseen[pictures.style[unseen] == question.style])))
+        for question in questions
+    ]

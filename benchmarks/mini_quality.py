@@ -5,7 +5,8 @@ each concept's CLDR name; the style picture is another concept's, drawn at rando
 ImageNet CNN (EfficientNet-Lite0, pooled features) ranks all concepts' real pictures of that style by cosine: top-k
 means that the right concept is among the first k. In long prompts the name stands in sentences that the model never
 learned from (``long_prompts.json``). The style is right where, of the concept's own drawings in all its styles, the
-nearest is the one in the style that was shown, which is told of the held-out pairs too.
+nearest is the one in the style that was shown, which is told of the held-out pairs too, and of styles shown by a
+picture that was held out.
 Panoramas and phantoms are measured in the picture itself; diversity is 1 - cosine of the judge's features, mean over
 pairs of one prompt's pictures from different seeds, words alone; nearest: the cosine of a picture, drawn from words and
 style, to the nearest that was trained on, beside that of real drawings that were held out.
@@ -27,7 +28,7 @@ from pipeline.checkpoints import open_checkpoint
 from pipeline.mini import MODEL_FOLDER
 from pipeline.mini.pictures import PictureSet, load_pictures
 
-from ._judge import Artist, Judge, Question, questions_of
+from ._judge import Artist, Judge, Question, by_unseen_pictures, questions_of
 from ._scene_quality import phantoms_shown, skies_shown
 
 BY_STEPS = (1, 2, 4, 16)
@@ -53,6 +54,7 @@ def measure(folder: Path, work: Path, count: int, steps: int | None = None) -> d
 
     seen = questions["seen"]
     english, features = ranks(seen, "en")
+    unseen = by_unseen_pictures(pictures, seen)
     of_pairs, pairs = ranks(questions["heldout_pair"], "en")
     by_steps = {other: ranks(seen[:COMPARED], "en", other)[0] for other in BY_STEPS if other != steps}
     by_steps[steps] = english[:COMPARED]
@@ -62,6 +64,7 @@ def measure(folder: Path, work: Path, count: int, steps: int | None = None) -> d
         "seen_zh_top5": _share(ranks(seen, "zh")[0] < 5),
         "seen_en_top1": _share(english < 1),
         "style_accuracy": round(judge.style_accuracy(features, seen), 4),
+        "style_accuracy_unseen_pictures": round(judge.style_accuracy(ranks(unseen, "en")[1], unseen), 4),
         "heldout_pair_top5": _share(of_pairs < 5),
         "heldout_pair_style": round(judge.style_accuracy(pairs, questions["heldout_pair"]), 4),
         "heldout_concept_top5": _share(ranks(questions["heldout_concept"], "en")[0] < 5),
