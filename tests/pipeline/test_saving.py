@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -181,14 +182,17 @@ def test_saving_does_not_wait_for_compressing(tmp_path: Path):
     saver = PictureSaver(tmp_path)
     saver.save(Place(tmp_path, "a", 1), pixels[..., :8, :8])
     saver.wait()
-    before = time.thread_time()
-    (path,) = saver.save(Place(tmp_path, "a", 2), pixels)
-    spent = time.thread_time() - before  # of this thread's own: others may keep the cores busy
-    assert saver.pending and path.stat().st_size > pixels.numel()
-    before = time.thread_time()
-    as_the_host_saves(pixels[0], {})
-    assert spent < 0.2 * (time.thread_time() - before)
-    saver.wait()
+    shares = []
+    for number in range(2, 7):  # by turns, and the median counts: one measurement meets whatever else the machine does
+        before = time.thread_time()
+        (path,) = saver.save(Place(tmp_path, "a", number), pixels)
+        spent = time.thread_time() - before  # of this thread's own: others may keep the cores busy
+        assert saver.pending and path.stat().st_size > pixels.numel()
+        saver.wait()
+        before = time.thread_time()
+        as_the_host_saves(pixels[0], {})
+        shares.append(spent / (time.thread_time() - before))
+    assert statistics.median(shares) < 0.2
 
 
 def test_no_more_than_so_much_waits(tmp_path: Path):
