@@ -366,7 +366,7 @@ def test_the_imagenet_network_sees_what_is_alike():
     made = (real + 0.05 * torch.randn(real.shape, generator=source)).requires_grad_()
     near = loss(made, real)
     near.backward()
-    assert float(loss(real, real)) < 1e-6 < float(near) < float(loss(real.roll(1, 0), real))
+    assert float(loss(real, real)) < 1e-6 < float(near.detach()) < float(loss(real.roll(1, 0), real))
     assert made.grad is not None and bool(made.grad.any())
 
 
@@ -379,7 +379,9 @@ def test_a_drawing_is_told_from_its_concept_and_from_its_style(pictures: Trainin
     near = told(eye.gist(eye.layers(made)), rows)
     near.backward()
     assert made.grad is not None and bool(made.grad.any())
-    assert float(near) < float(told(eye.gist(eye.layers(drawn.roll(1, 0))), rows)), "each is another style's here"
+    assert float(near.detach()) < float(told(eye.gist(eye.layers(drawn.roll(1, 0))), rows)), (
+        "each is another style's here"
+    )
     held = int(np.flatnonzero((emoji.concept == HELD[0]) & (emoji.style == HELD[1]))[0])
     assert held not in told.rows
     for ranks in told.ranks(told.gists_of(rows), rows):
