@@ -23,8 +23,8 @@ NAME_SHARE = 0.85  # how often a concept is called by its name; a keyword such a
 # The remaining share sees a picture alone. Scenes have no style to take from another picture.
 BOTH_SHARE, WORDS_SHARE = 0.78, 0.14
 SCENE_BOTH_SHARE, SCENE_WORDS_SHARE = 0.2, 0.7
-# How often a style is shown by several pictures at once, in any proportions. Of single ones the network had known each
-# by heart: shown the mean of a style's pictures, a judge found the right concept .65 of the time, not .91.
+# How often a style is shown by several pictures at once, in any proportions. A network that was shown single ones, and
+# took them as they are, knew each by heart: of what it drew by the mean of a style's a judge knew .65, not .91.
 TOGETHER_SHARE, TOGETHER = 0.5, 4
 STRAY_SHARE = 0.1  # how often words are beside a picture of a domain taken at random, where all may meet all
 DOMAIN_SHARES = (0.78, 0.14, 0.08)  # of a batch: emoji, of which there is most to know, panoramas, phantoms
@@ -121,10 +121,10 @@ class Examples:
 
     def _emoji(self, pick: np.random.Generator, size: int) -> Batch:
         rows = pick.choice(self._rows[0], size)
-        has_text, has_image = _given(pick, size, BOTH_SHARE, WORDS_SHARE)
+        has_text, in_its_style = _given(pick, size, BOTH_SHARE, WORDS_SHARE)
         way = self._ways.draw(pick, self._concept[rows])
-        rows = np.where(has_image, rows, self._drawings[way, self._concept[rows]])
-        way = np.where(has_image, NUMBER_OF[self._style[rows]], way)
+        rows = np.where(in_its_style, rows, self._drawings[way, self._concept[rows]])
+        way = np.where(in_its_style, NUMBER_OF[self._style[rows]], way)
         text = self._said(pick, self._concept[rows])
         return _batch(text, self._shown(pick, rows), has_text, ~has_text, rows, way)
 
