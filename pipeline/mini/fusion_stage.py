@@ -28,11 +28,23 @@ def fused(network: FusionNetwork, batch: Batch, noise: float | Tensor, generator
 
     noise: one for all, or (B, 1).
     """
-    text = torch.where(batch.has_text, network.text_norm(batch.text), network.null_text)
-    image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image[batch.way])
-    joined = torch.cat([text, image], dim=-1)
+    joined = asked(network, batch)
     blur = torch.randn(joined.shape, generator=generator, device=joined.device)
     return network.fuse_normalised(joined + noise * blur)
+
+
+def asked(network: FusionNetwork, batch: Batch) -> Tensor:
+    """(B, text_width + image_width): what a mixed batch asks of the network, both sides normalised or null."""
+    text = torch.where(batch.has_text, network.text_norm(batch.text), network.null_text)
+    image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image[batch.way])
+    return torch.cat([text, image], dim=-1)
+
+
+@torch.no_grad()
+def sample_of_what_is_asked(pictures: TrainingSet, tables: Tables, network: FusionNetwork) -> Tensor:
+    """(16384, text_width + image_width): what ``fuse_normalised`` hears while it learns, without the blur."""
+    examples = Examples(pictures, tables)
+    return torch.cat([asked(network, examples.draw(step, 1024)) for step in range(16)])
 
 
 def on_grid(tokens: Tensor, columns: int) -> Tensor:
@@ -98,8 +110,12 @@ def train_fusion(
     tables: Tables,
     network: FusionNetwork,
     plan: Plan,
+    name: str = "fusion",
 ) -> FusionNetwork:
-    """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128."""
+    """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128.
+
+    name: of the stage, whose checkpoint and curve are called so.
+    """
     torch.manual_seed(0)
     if network.reader is not None:
         network.reader.requires_grad_(False)  # nothing that is drawn passes through it
@@ -123,5 +139,5 @@ def train_fusion(
             "ends": ENDS_WEIGHT * ends.sum() / plan.batch,
         }
 
-    run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
+    run_stage(name, work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network

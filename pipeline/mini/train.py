@@ -23,12 +23,14 @@ from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import deepened, new_autoencoder, train_autoencoder
 from .choice_stage import train_choice
 from .finish_stage import train_finish
-from .fusion_stage import new_fusion, reaching_further, train_fusion
+from .fusion_stage import new_fusion, reaching_further, sample_of_what_is_asked, train_fusion
 from .generator_stage import new_generator, train_generator
 from .loop import Plan, device
 from .parts import export, keep, read_part
 from .pictures import PictureSet
 from .reader_stage import train_reader
+from .retouch_stage import train_retouch
+from .rounding import round_weights
 from .tables import load_tables
 from .training_set import SIZE, load_training_set
 from .vision import new_image_encoder, train_image_encoder
@@ -54,6 +56,7 @@ ON_CPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
     "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
+    "retouch": Plan(9500, 512, learning_rate=7e-4, warmup=100, weight_decay=0.0, average=0.996),
 }
 ON_GPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
@@ -63,6 +66,7 @@ ON_GPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
+    "retouch": Plan(10_000, 4096, learning_rate=7e-4, warmup=100, weight_decay=0.0, average=0.996),
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
@@ -73,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".cache/mini"), help="where packages, checkpoints and curves go"
     )
-    parser.add_argument("--until", choices=list(PLANS), default="finish", help="stop after this stage")
+    parser.add_argument("--until", choices=list(PLANS), default="retouch", help="stop after this stage")
     parser.add_argument(
         "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
     )
@@ -91,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen.anew = [*chosen.anew, "fusion", "generator", "finish"]
     if {"text", "vision", "fusion", "choice"} & {*chosen.again, *chosen.anew}:
         chosen.anew = [*chosen.anew, "choice"]  # of other vectors it knows nothing, and it takes minutes
+    if {"fusion", "finish"} & {*chosen.again, *chosen.anew}:
+        chosen.anew = [*chosen.anew, "retouch"]  # which lies in what both of them say
     _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
@@ -160,6 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unet, vae = _finished(
             work, unet, vae, lambda: train_finish(work, pictures, tables, fusion, image_encoder, unet, vae, plan)
         )
+    if "retouch" in wanted and (chosen.start is None or "retouch" in {*chosen.again, *chosen.anew}):
+        if not (work / "retouch").exists():
+            keep(work / "retouch", train_retouch(work, pictures, tables, fusion, unet, vae, plan_of("retouch")))
+        fusion = read_part(work / "retouch", FusionNetwork).to(device()).eval().requires_grad_(False)
+    round_weights(fusion, sample_of_what_is_asked(pictures, tables, fusion))
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
 

@@ -23,7 +23,7 @@ from pipeline.mini.autoencoder import (
 from pipeline.mini.catalogue import STYLES, Concept, HoldOut
 from pipeline.mini.choice_stage import lessons_of, train_choice
 from pipeline.mini.curves import draw_curves, read_curves
-from pipeline.mini.examples import READ, WAYS, Examples
+from pipeline.mini.examples import NUMBER_OF, READ, WAYS, Examples
 from pipeline.mini.finish_losses import ImageNetEye, LineUp, layers_apart
 from pipeline.mini.finish_stage import train_finish
 from pipeline.mini.fusion_stage import configured, new_fusion, on_grid, said_weight, train_fusion
@@ -31,6 +31,7 @@ from pipeline.mini.generator_stage import new_generator, train_generator
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.reader_stage import train_reader
+from pipeline.mini.retouch_stage import RATE, RETOUCHED, retouch, train_retouch
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
@@ -318,6 +319,44 @@ def test_a_reader_learns_the_styles_of_pictures(pictures: TrainingSet, tables: T
     train_fusion(tmp_path, pictures, styled, taught, few)
     for name, weights in taught.reader.state_dict().items():
         assert torch.equal(before[name], weights), "what a style is does not change by what is drawn"
+
+
+def test_retouched_drawings_are_told_apart_better(pictures: TrainingSet, tables: Tables, tmp_path: Path):
+    torch.manual_seed(0)
+    vae, fusion = new_autoencoder(), new_fusion(tables)
+    unet = new_generator(*tables.grid_and_channels)
+    retouched = retouch(tmp_path, pictures, tables, fusion, unet, vae)
+    emoji, rows = pictures.emoji, pictures.emoji.training_rows()
+    rows = rows[np.isin(emoji.style[rows], [STYLES.index(name) for name in RETOUCHED])]
+    others = np.setdiff1d(np.arange(len(tables.square)), rows)
+    assert torch.equal(retouched.square[others], tables.square[others])
+    eye = ImageNetEye()
+    told = LineUp(eye, emoji)
+    names = tables.captions[torch.from_numpy(2 * emoji.concept[rows])]
+    ways = torch.from_numpy(NUMBER_OF[emoji.style[rows]])
+    with torch.no_grad():
+        said = fusion.fuse_normalised(torch.cat([fusion.text_norm(names), fusion.null_image[ways]], dim=1))
+        before, after = on_grid(said, tables.square.shape[-1]), retouched.square[torch.from_numpy(rows)]
+        elsewhere = before + (after - before).roll(1, 0)
+        drawn = [vae.decode(latents, return_dict=False)[0] for latents in (before, elsewhere, after)]
+        lost = [float(told(eye.gist(eye.layers((made[:, :3] + 1) / 2)), rows)) for made in drawn]
+    assert lost[2] < 0.95 * min(lost[:2]), "where each has gone, not how far"
+    assert 0 < float((after - before).square().mean().sqrt()) < 8 * RATE
+    (stored,) = (tmp_path / "retouched").iterdir()
+    stored.unlink()
+    assert torch.equal(retouch(tmp_path, pictures, tables, fusion, unet, vae).square, retouched.square)
+
+
+def test_learning_what_is_retouched_leaves_the_choice(pictures: TrainingSet, tables: Tables, tmp_path: Path):
+    few = Plan(steps=4, batch=32, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
+    torch.manual_seed(0)
+    fusion = new_fusion(tables)
+    before = deepcopy(fusion.state_dict())
+    unet = new_generator(*tables.grid_and_channels)
+    taught = train_retouch(tmp_path, pictures, tables, fusion, unet, new_autoencoder(), few)
+    kept = {name for name, weights in taught.state_dict().items() if torch.equal(before[name], weights)}
+    assert kept == {name for name in before if name.startswith(("choice.", "reader.", "text_norm.", "image_norm."))}
+    assert (tmp_path / "retouch-curve.csv").read_text().splitlines()[0] == "step,emoji,scenes,ends"
 
 
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
