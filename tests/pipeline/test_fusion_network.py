@@ -1,6 +1,5 @@
 """The fusion network's choice: what words and a picture mean together, or the words alone in one of their ways."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from pipeline.fusing.fusion_network import FusionNetwork
 from pipeline.mini.choice_stage import choosing
 from pipeline.mini.fusion_stage import EXIT_HIDDEN, configured, reaching_further
 from pipeline.mini.parts import read_part, ship
-from pipeline.mini.rounding import EIGHT_BITS, layers_in_eight_bits, round_weights
 
 WAYS, PLACES, CHANNELS = 4, 16, 3
 
@@ -187,28 +185,3 @@ def test_layers_ship_in_eight_bits_and_the_rest_in_sixteen(tmp_path: Path):
     read = read_part(tmp_path / "fusion", FusionNetwork).eval()
     assert {weight.dtype for weight in read.parameters()} == {torch.float32}
     assert float((offered(read, words, picture) - before).square().mean() / before.var()) < 5e-3
-
-
-@torch.no_grad()
-def test_layers_make_up_for_their_rounding():
-    made = reaching_further(network()).eval()
-    assert made.exit_block is not None
-    torch.nn.init.normal_(made.exit_block.narrow.weight, std=0.02)
-    joined = torch.randn(512, 5) @ torch.randn(5, 14) + 0.1 * torch.randn(512, 14)
-    asked, others = joined[:256], joined[256:]
-    exact = made.fuse_normalised(others)
-    plain, better = deepcopy(made), deepcopy(made)
-    for layer in layers_in_eight_bits(plain).values():
-        layer.weight.copy_(layer.weight.to(EIGHT_BITS).float())
-    round_weights(better, asked)
-    for name, weights in better.state_dict().items():
-        if name.removesuffix(".weight") in layers_in_eight_bits(better):
-            assert torch.equal(weights.to(EIGHT_BITS).float(), weights)
-        else:
-            assert torch.equal(weights, made.state_dict()[name])
-    lost = [float((one.fuse_normalised(others) - exact).square().mean()) for one in (plain, better)]
-    assert lost[1] < 0.6 * lost[0], lost
-    again = deepcopy(better)
-    round_weights(again, asked)
-    for weights, before in zip(again.parameters(), better.parameters(), strict=True):
-        assert torch.equal(weights, before), "what is rounded stays as it is"
