@@ -28,23 +28,11 @@ def fused(network: FusionNetwork, batch: Batch, noise: float | Tensor, generator
 
     noise: one for all, or (B, 1).
     """
-    joined = asked(network, batch)
-    blur = torch.randn(joined.shape, generator=generator, device=joined.device)
-    return network.fuse_normalised(joined + noise * blur)
-
-
-def asked(network: FusionNetwork, batch: Batch) -> Tensor:
-    """(B, text_width + image_width): what a mixed batch asks of the network, both sides normalised or null."""
     text = torch.where(batch.has_text, network.text_norm(batch.text), network.null_text)
     image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image[batch.way])
-    return torch.cat([text, image], dim=-1)
-
-
-@torch.no_grad()
-def sample_of_what_is_asked(pictures: TrainingSet, tables: Tables, network: FusionNetwork) -> Tensor:
-    """(16384, text_width + image_width): what ``fuse_normalised`` hears while it learns, without the blur."""
-    examples = Examples(pictures, tables)
-    return torch.cat([asked(network, examples.draw(step, 1024)) for step in range(16)])
+    joined = torch.cat([text, image], dim=-1)
+    blur = torch.randn(joined.shape, generator=generator, device=joined.device)
+    return network.fuse_normalised(joined + noise * blur)
 
 
 def on_grid(tokens: Tensor, columns: int) -> Tensor:

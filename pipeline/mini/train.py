@@ -23,14 +23,13 @@ from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import deepened, new_autoencoder, train_autoencoder
 from .choice_stage import train_choice
 from .finish_stage import train_finish
-from .fusion_stage import new_fusion, reaching_further, sample_of_what_is_asked, train_fusion
+from .fusion_stage import new_fusion, reaching_further, train_fusion
 from .generator_stage import new_generator, train_generator
 from .loop import Plan, device
 from .parts import export, keep, read_part
 from .pictures import PictureSet
 from .reader_stage import train_reader
 from .retouch_stage import train_retouch
-from .rounding import round_weights
 from .tables import load_tables
 from .training_set import SIZE, load_training_set
 from .vision import new_image_encoder, train_image_encoder
@@ -169,8 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "retouch" in wanted and (chosen.start is None or "retouch" in {*chosen.again, *chosen.anew}):
         if not (work / "retouch").exists():
             keep(work / "retouch", train_retouch(work, pictures, tables, fusion, unet, vae, plan_of("retouch")))
-        fusion = read_part(work / "retouch", FusionNetwork).to(device()).eval().requires_grad_(False)
-    round_weights(fusion, sample_of_what_is_asked(pictures, tables, fusion))
+        fusion = read_part(work / "retouch", FusionNetwork)
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
 
