@@ -7,7 +7,6 @@ gradient of what two ImageNet networks see of the picture made of them, and then
 have come. The moves are small, and of each a part suffices.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,22 +59,25 @@ def retouch(
     network: FusionNetwork,
     unet: UNet2DConditionModel,
     vae: AutoencoderDC,
-    styles: Sequence[str] = RETOUCHED,
 ) -> Tables:
-    """The tables with the drawings of ``styles`` retouched. Each chunk is kept in ``work``, where a kill leaves it."""
+    """The tables with RETOUCHED styles retouched. Each chunk is kept in ``work``, where a kill leaves it."""
     emoji = pictures.emoji
     rows = emoji.training_rows()
-    rows = rows[np.isin(emoji.style[rows], [STYLES.index(name) for name in styles])]
-    hand = _Retoucher(pictures, tables, network, unet, vae)
+    rows = rows[np.isin(emoji.style[rows], [STYLES.index(name) for name in RETOUCHED])]
     folder = work / "retouched"
     folder.mkdir(parents=True, exist_ok=True)
+    chunks = {
+        folder / f"{number:04}.pt": some for number, some in enumerate(np.array_split(rows, len(rows) // CHUNK + 1))
+    }
+    if not all(stored.exists() for stored in chunks):
+        hand = _Retoucher(pictures, tables, network, unet, vae)
+        for seed, (stored, some) in enumerate(chunks.items()):
+            if not stored.exists():
+                partial = stored.with_suffix(".partial")
+                torch.save(hand.moved(some, seed), partial)
+                partial.rename(stored)
     square = tables.square.clone()
-    for number, some in enumerate(np.array_split(rows, len(rows) // CHUNK + 1)):
-        stored = folder / f"{number:04}.pt"
-        if not stored.exists():
-            partial = stored.with_suffix(".partial")
-            torch.save(hand.moved(some, seed=number), partial)
-            partial.rename(stored)
+    for stored, some in chunks.items():
         latents = torch.load(stored, weights_only=True, map_location=device())
         square[index(some)] = on_grid(latents, square.shape[-1])
     return replace(tables, square=square)

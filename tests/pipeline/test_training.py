@@ -2,17 +2,18 @@
 
 import math
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
 from pipeline.fusing.fusion_network import FusionNetwork
+from pipeline.mini import retouch_stage
 from pipeline.mini.autoencoder import (
     DECODER_LAYERS,
     deepened,
@@ -321,11 +322,27 @@ def test_a_reader_learns_the_styles_of_pictures(pictures: TrainingSet, tables: T
         assert torch.equal(before[name], weights), "what a style is does not change by what is drawn"
 
 
-def test_retouched_drawings_are_told_apart_better(pictures: TrainingSet, tables: Tables, tmp_path: Path):
+@dataclass(frozen=True)
+class Retouching:
+    """Untaught parts, the folder in which drawings were retouched by them, and what came of it."""
+
+    work: Path
+    fusion: FusionNetwork
+    unet: UNet2DConditionModel
+    vae: AutoencoderDC
+    retouched: Tables
+
+
+@pytest.fixture(scope="module")
+def retouching(pictures: TrainingSet, tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> Retouching:
     torch.manual_seed(0)
-    vae, fusion = new_autoencoder(), new_fusion(tables)
+    work, vae, fusion = tmp_path_factory.mktemp("retouching"), new_autoencoder(), new_fusion(tables)
     unet = new_generator(*tables.grid_and_channels)
-    retouched = retouch(tmp_path, pictures, tables, fusion, unet, vae)
+    return Retouching(work, fusion, unet, vae, retouch(work, pictures, tables, fusion, unet, vae))
+
+
+def test_retouched_drawings_are_told_apart_better(pictures: TrainingSet, tables: Tables, retouching: Retouching):
+    retouched, fusion, vae = retouching.retouched, retouching.fusion, retouching.vae
     emoji, rows = pictures.emoji, pictures.emoji.training_rows()
     rows = rows[np.isin(emoji.style[rows], [STYLES.index(name) for name in RETOUCHED])]
     others = np.setdiff1d(np.arange(len(tables.square)), rows)
@@ -342,21 +359,21 @@ def test_retouched_drawings_are_told_apart_better(pictures: TrainingSet, tables:
         lost = [float(told(eye.gist(eye.layers((made[:, :3] + 1) / 2)), rows)) for made in drawn]
     assert lost[2] < 0.95 * min(lost[:2]), "where each has gone, not how far"
     assert 0 < float((after - before).square().mean().sqrt()) < 8 * RATE
-    (stored,) = (tmp_path / "retouched").iterdir()
-    stored.unlink()
-    assert torch.equal(retouch(tmp_path, pictures, tables, fusion, unet, vae).square, retouched.square)
 
 
-def test_learning_what_is_retouched_leaves_the_choice(pictures: TrainingSet, tables: Tables, tmp_path: Path):
+def test_what_was_retouched_is_kept_and_learned_beside_the_choice(
+    pictures: TrainingSet, tables: Tables, retouching: Retouching, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(retouch_stage, "ImageNetEye", None)  # nobody looks again
     few = Plan(steps=4, batch=32, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
-    torch.manual_seed(0)
-    fusion = new_fusion(tables)
+    work, fusion = retouching.work, deepcopy(retouching.fusion)
+    again = retouch(work, pictures, tables, fusion, retouching.unet, retouching.vae)
+    assert torch.equal(again.square, retouching.retouched.square)
     before = deepcopy(fusion.state_dict())
-    unet = new_generator(*tables.grid_and_channels)
-    taught = train_retouch(tmp_path, pictures, tables, fusion, unet, new_autoencoder(), few)
+    taught = train_retouch(work, pictures, tables, fusion, retouching.unet, retouching.vae, few)
     kept = {name for name, weights in taught.state_dict().items() if torch.equal(before[name], weights)}
     assert kept == {name for name in before if name.startswith(("choice.", "reader.", "text_norm.", "image_norm."))}
-    assert (tmp_path / "retouch-curve.csv").read_text().splitlines()[0] == "step,emoji,scenes,ends"
+    assert (work / "retouch-curve.csv").read_text().splitlines()[0] == "step,emoji,scenes,ends"
 
 
 def test_every_stage_learns_from_all_domains(pictures: TrainingSet, tables: Tables, tmp_path: Path):
