@@ -14,6 +14,8 @@ from .vision import normalise, over_background
 
 IMAGENET_SIZE = 160  # pixels a side that an ImageNet network sees: between ours and those that it was taught with
 IMAGENET_BLOCKS = (2, 5, 9, 13, 18)  # one of each size and width
+ONLOOKER_SIZES = (IMAGENET_SIZE, 128, 192)
+MESH_LENGTH = 8  # pixels along a line that are taken together: what alternates and is no mesh averages out
 SHARPNESS = 0.03  # the cosine that makes one drawing e times as likely as another
 
 
@@ -33,6 +35,20 @@ def layers_apart(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         for a, b in zip(left, right, strict=True)
     ]
     return torch.stack(apart).mean()
+
+
+def mesh_loss(made: Tensor, wanted: Tensor) -> Tensor:
+    """Of the difference, both (B, C, H, W), what alternates from line to line and goes on along them.
+
+    In even colour it is seen long before a mean of all errors tells of it. Of lines and of columns, each as the height
+    of the wave.
+    """
+    error = made - wanted
+    return _alternating(error) + _alternating(error.transpose(-1, -2))
+
+
+def _alternating(error: Tensor) -> Tensor:
+    return F.avg_pool2d(error, (1, MESH_LENGTH)).diff(n=2, dim=-2).abs().mean() / 4
 
 
 def feature_loss(eye: ResNetModel, made: Tensor, wanted: Tensor) -> Tensor:
@@ -118,3 +134,18 @@ class LineUp:
         """Cosines with all drawings (B, N), those of other styles left out, and those of other concepts."""
         cosines = gists @ self._gists.T
         return [cosines.masked_fill(labels != labels[right][:, None], -torch.inf) for labels in self._labels]
+
+
+class Onlookers:
+    """Two ImageNet networks, each with its line-up, that look by turns, and at another size each time.
+
+    What pleased one alone, at one size, the other would not see.
+    """
+
+    def __init__(self, pictures: PictureSet) -> None:
+        eyes = [ImageNetEye(lite) for lite in (1, 2)]
+        self._eyes = [(eye, LineUp(eye, pictures)) for eye in eyes]
+
+    def at(self, turn: int) -> tuple[ImageNetEye, LineUp, int]:
+        """Who looks, with whom it compares, and how many pixels high it sees."""
+        return *self._eyes[turn % len(self._eyes)], ONLOOKER_SIZES[turn % len(ONLOOKER_SIZES)]

@@ -19,7 +19,7 @@ from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import picture_loss, to_model_range
 from .catalogue import STYLES
 from .examples import NUMBER_OF
-from .finish_losses import ImageNetEye, LineUp, layers_apart, over_colour
+from .finish_losses import Onlookers, layers_apart, over_colour
 from .fusion_stage import on_grid, train_fusion
 from .generator_stage import START_NOISE, velocity_at
 from .loop import Plan, device, halves_pay, seeded
@@ -28,8 +28,6 @@ from .training_set import TrainingSet
 
 RETOUCHED = ("fluent-color", "fluent-flat", "fluent-3d")  # three finishes, often of one drawing
 STEPS, RATE, MOMENTUM = 4, 0.04, 0.5  # relative to latents of unit variance
-# The networks look by turns, each time at another size: what pleased one at one size alone, another would not see.
-SIZES = (160, 128, 192)
 TOLD_WEIGHT = 0.2
 CHUNK = 32
 
@@ -97,8 +95,7 @@ class _Retoucher:
         for part in (network, unet, vae):
             nn.Module.to(part, device())
             part.eval().requires_grad_(False)
-        self._eyes = [ImageNetEye(lite) for lite in (1, 2)]
-        self._line_ups = [LineUp(eye, pictures.emoji) for eye in self._eyes]
+        self._onlookers = Onlookers(pictures.emoji)
         self._white = torch.ones(1, 3, 1, 1, device=device())
         concepts, first = np.unique(tables.caption_concept, return_index=True)
         self._name = np.full(len(pictures.emoji.concepts), -1)
@@ -137,8 +134,7 @@ class _Retoucher:
         latents = start - velocity_at(self._unet, tokens, mean, start, start, sigma)  # at 1, no target is seen
         latents = (latents / self._tables.scaling_factor).contiguous(memory_format=torch.channels_last)
         made = self._vae.decode(latents, return_dict=False)[0].float()
-        number, size = step % len(self._eyes), SIZES[step % len(SIZES)]
-        eye, line_up = self._eyes[number], self._line_ups[number]
+        eye, line_up, size = self._onlookers.at(step)
         seen = eye.layers(over_colour(made, self._white), size)
         with torch.no_grad():
             wanted = eye.layers(over_colour(real, self._white), size)

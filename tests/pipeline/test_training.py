@@ -19,20 +19,22 @@ from pipeline.mini.autoencoder import (
     deepened,
     encode_pictures,
     new_autoencoder,
+    picture_loss,
+    to_model_range,
     train_autoencoder,
 )
 from pipeline.mini.catalogue import STYLES, Concept, HoldOut
 from pipeline.mini.choice_stage import lessons_of, train_choice
 from pipeline.mini.curves import draw_curves, read_curves
 from pipeline.mini.examples import NUMBER_OF, READ, WAYS, Examples
-from pipeline.mini.finish_losses import ImageNetEye, LineUp, layers_apart
+from pipeline.mini.finish_losses import ImageNetEye, LineUp, Onlookers, layers_apart, mesh_loss, over_colour
 from pipeline.mini.finish_stage import train_finish
 from pipeline.mini.fusion_stage import configured, new_fusion, on_grid, said_weight, train_fusion
 from pipeline.mini.generator_stage import new_generator, train_generator
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.reader_stage import train_reader
-from pipeline.mini.retouch_stage import RATE, RETOUCHED, retouch, train_retouch
+from pipeline.mini.retouch_stage import RETOUCHED, TOLD_WEIGHT, retouch, train_retouch
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
@@ -322,6 +324,22 @@ def test_a_reader_learns_the_styles_of_pictures(pictures: TrainingSet, tables: T
         assert torch.equal(before[name], weights), "what a style is does not change by what is drawn"
 
 
+def test_a_mesh_is_told_from_other_errors():
+    even, lines = torch.zeros(1, 4, 32, 32), torch.zeros(1, 4, 32, 32)
+    lines[:, :, ::2] = 0.02  # a wave of 0.01
+    assert float(mesh_loss(lines, even)) == pytest.approx(0.01)
+    assert float(mesh_loss(lines.transpose(-1, -2), even)) == pytest.approx(0.01)
+    assert float(mesh_loss(lines, lines)) == pytest.approx(0.0, abs=1e-7)
+    assert float(mesh_loss(even + 0.5, even)) == pytest.approx(0.0, abs=1e-7)
+    noise = 0.01 * torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).sign()
+    assert float(mesh_loss(noise, even)) < 0.006, "which is as large, and in no line"
+
+
+# One short step, for which the slope must tell the way. Through a decoder that has learned nothing, what comes of the
+# stage's four long ones is chance: it differs by the machine and by its threads.
+SHORT = 0.01
+
+
 @dataclass(frozen=True)
 class Retouching:
     """Untaught parts, the folder in which drawings were retouched by them, and what came of it."""
@@ -338,33 +356,43 @@ def retouching(pictures: TrainingSet, tables: Tables, tmp_path_factory: pytest.T
     torch.manual_seed(0)
     work, vae, fusion = tmp_path_factory.mktemp("retouching"), new_autoencoder(), new_fusion(tables)
     unet = new_generator(*tables.grid_and_channels)
-    return Retouching(work, fusion, unet, vae, retouch(work, pictures, tables, fusion, unet, vae))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retouch_stage, "STEPS", 1)
+        patch.setattr(retouch_stage, "RATE", SHORT)
+        return Retouching(work, fusion, unet, vae, retouch(work, pictures, tables, fusion, unet, vae))
 
 
-def test_retouched_drawings_are_told_apart_better(pictures: TrainingSet, tables: Tables, retouching: Retouching):
+def test_retouched_drawings_go_where_they_are_told_apart(pictures: TrainingSet, tables: Tables, retouching: Retouching):
     retouched, fusion, vae = retouching.retouched, retouching.fusion, retouching.vae
     emoji, rows = pictures.emoji, pictures.emoji.training_rows()
     rows = rows[np.isin(emoji.style[rows], [STYLES.index(name) for name in RETOUCHED])]
     others = np.setdiff1d(np.arange(len(tables.square)), rows)
     assert torch.equal(retouched.square[others], tables.square[others])
-    eye = ImageNetEye()
-    told = LineUp(eye, emoji)
     names = tables.captions[torch.from_numpy(2 * emoji.concept[rows])]
     ways = torch.from_numpy(NUMBER_OF[emoji.style[rows]])
+    eye, told, size = Onlookers(emoji).at(0)
+    real = pictures.each(rows, to_model_range)
+    wanted = eye.layers(over_background(emoji.pixels[rows]), size)
+
+    def lost(latents: Tensor) -> float:
+        made = vae.decode(latents / tables.scaling_factor, return_dict=False)[0]
+        seen = eye.layers(over_colour(made, torch.ones(1, 3, 1, 1)), size)
+        loss = picture_loss(made, real) + layers_apart(seen, wanted) + TOLD_WEIGHT * told(eye.gist(seen), rows)
+        return float(loss)
+
     with torch.no_grad():
         said = fusion.fuse_normalised(torch.cat([fusion.text_norm(names), fusion.null_image[ways]], dim=1))
         before, after = on_grid(said, tables.square.shape[-1]), retouched.square[torch.from_numpy(rows)]
-        elsewhere = before + (after - before).roll(1, 0)
-        drawn = [vae.decode(latents, return_dict=False)[0] for latents in (before, elsewhere, after)]
-        lost = [float(told(eye.gist(eye.layers((made[:, :3] + 1) / 2)), rows)) for made in drawn]
-    assert lost[2] < 0.95 * min(lost[:2]), "where each has gone, not how far"
-    assert 0 < float((after - before).square().mean().sqrt()) < 8 * RATE
+        moves = after - before
+        first, elsewhere, last = (lost(some) for some in (before, before + moves.roll(1, 0), after))
+    assert first - last > 2 * abs(first - elsewhere), "where each has gone, not how far"
+    assert moves.square().mean(dim=(1, 2, 3)).sqrt().tolist() == pytest.approx([SHORT] * len(rows), rel=1e-3)
 
 
 def test_what_was_retouched_is_kept_and_learned_beside_the_choice(
     pictures: TrainingSet, tables: Tables, retouching: Retouching, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retouch_stage, "ImageNetEye", None)  # nobody looks again
+    monkeypatch.setattr(retouch_stage, "Onlookers", None)  # nobody looks again
     few = Plan(steps=4, batch=32, learning_rate=1e-3, warmup=1, weight_decay=0.0, average=0.1)
     work, fusion = retouching.work, deepcopy(retouching.fusion)
     again = retouch(work, pictures, tables, fusion, retouching.unet, retouching.vae)
