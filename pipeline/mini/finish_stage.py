@@ -1,10 +1,12 @@
 """Teaching generator and decoder together, in pixels: what one step draws is to look like a drawing.
 
 A flow's first step alone gives the mean of all that may be meant, and latents say nothing of which errors are seen. So
-one step and the decoder learn from the picture they make: its pixels and edges, what two networks see of it, and
-whether one of them can tell it from every other drawing. An adversary of patches (arXiv 1611.07004) was tried: it made
-flat colours mottled, and was dropped. So was the distance of the sorted strengths of all edges, which was to make them
-crisp and changed nothing.
+one step and the decoder learn from the picture they make: its pixels and edges, what networks see of it, and whether
+those that know photographs can tell it from every other drawing. The latents are let be, or retouched ones would not
+stay so.
+Tried and dropped: an adversary of patches (arXiv 1611.07004), which made flat colours mottled; the distance of the
+sorted strengths of all edges, which was to make them crisp and changed nothing; a decoder that scales and shifts its
+layers by the style of the latents (arXiv 1709.07871), which drew no more styles right where it had to read them.
 Further steps learn to walk straight to what one step says (arXiv 2410.12557): on the way to the true picture they see
 details of it that no walk of their own has.
 """
@@ -19,14 +21,14 @@ from transformers import ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import DOWNSCALE, LATENT_NOISE, picture_loss, to_model_range
-from .finish_losses import ImageNetEye, LineUp, feature_loss, layers_apart, over_colour
+from .finish_losses import Onlookers, feature_loss, layers_apart, mesh_loss, over_colour
 from .fusion_stage import SAID_WEIGHT
-from .generator_stage import START_NOISE, Starts, velocity_at
+from .generator_stage import START_NOISE, WIDE_EVERY, Starts, velocity_at
 from .loop import Plan, device, run_stage, seeded
 from .tables import Tables
 from .training_set import TrainingSet
 
-FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT = 2.0, 2.0, 0.1
+FEATURE_WEIGHT, SUN_WEIGHT, TOLD_WEIGHT, MESH_WEIGHT = 2.0, 2.0, 0.2, 4.0
 WHITE_SHARE = 0.5  # how often the background is white, as it is where a picture is judged
 IMAGENET_COUNT = 24  # of a batch
 
@@ -45,8 +47,7 @@ def train_finish(
     The rest is decoded from the encoder's latents, a little noisy, so that the decoder serves them too.
     """
     torch.manual_seed(0)
-    starts, imagenet = Starts(pictures, tables, network), ImageNetEye()
-    told_apart = LineUp(imagenet, pictures.emoji)
+    starts, onlookers = Starts(pictures, tables, network), Onlookers(pictures.emoji)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     nn.Module.to(eye, device())
@@ -79,14 +80,15 @@ def train_finish(
         white = torch.rand(len(made), 1, 1, 1, generator=generator, device=mean.device) < WHITE_SHARE
         white[:IMAGENET_COUNT] = True
         ours, theirs = (over_colour(side, colour.masked_fill(white, 1.0)) for side in (made, real))
-        seen = imagenet.layers(ours[:IMAGENET_COUNT])
+        imagenet, told_apart, size = onlookers.at(step + step // WIDE_EVERY)  # each as often at either shape
+        seen = imagenet.layers(ours[:IMAGENET_COUNT], size)
         drawings = pictures.domain_of(rows[:IMAGENET_COUNT]) == 0
         losses = {
             "flow": flow,
-            "latents": 0.1 * F.mse_loss(one_step, wanted[:drawn_at_once]),
             "picture": picture_loss(made, real),
             "features": FEATURE_WEIGHT * feature_loss(eye, ours, theirs),
-            "imagenet": layers_apart(seen, imagenet.layers(theirs[:IMAGENET_COUNT])),
+            "imagenet": layers_apart(seen, imagenet.layers(theirs[:IMAGENET_COUNT], size)),
+            "mesh": MESH_WEIGHT * mesh_loss(made, real),
             "told": mean.new_zeros(()),
             "sun": mean.new_zeros(()),
         }
