@@ -80,7 +80,8 @@ def train_finish(
         white = torch.rand(len(made), 1, 1, 1, generator=generator, device=mean.device) < WHITE_SHARE
         white[:IMAGENET_COUNT] = True
         ours, theirs = (over_colour(side, colour.masked_fill(white, 1.0)) for side in (made, real))
-        imagenet, told_apart, size = onlookers.at(step + step // WIDE_EVERY)  # each as often at either shape
+        turn = step // WIDE_EVERY + step % WIDE_EVERY  # so each looks as often at panoramas as at the rest
+        imagenet, told_apart, size = onlookers.at(turn)
         seen = imagenet.layers(ours[:IMAGENET_COUNT], size)
         drawings = pictures.domain_of(rows[:IMAGENET_COUNT]) == 0
         losses = {
