@@ -2,7 +2,7 @@
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import pixart_names
 from .components import Component
-from .safetensors_files import CheckpointError, check_weights, read_json
+from .safetensors_files import CheckpointError, TensorEntry, check_weights, read_json
 
 Tensors = dict[str, torch.Tensor]
 
@@ -42,21 +42,29 @@ def build(part: Component, dtype: torch.dtype) -> nn.Module:
 
 
 def read_tensors(part: Component, dtype: torch.dtype) -> Tensors:
-    """The component's tensors by their names less the prefix. 8-bit ones are multiplied out to ``dtype``."""
+    """The component's tensors by their names less the prefix.
+
+    8-bit floats, and 8-bit integers of which each row has a scale, are multiplied out to ``dtype``.
+    """
     tensors: Tensors = {}
     for path in part.weights:
         entries = check_weights(path).entries
         names = [name for name in entries if name.startswith(part.prefix)]
         for name in names:
-            # Four bits of two values in a byte, or blocks with their own scales.
-            if name.endswith(".weight_scale_2") or (name.endswith(".weight") and entries[name].dtype in ("U8", "I8")):
-                raise CheckpointError(f"{path}: expected plain weights or scaled 8-bit floats, found quantised {name}")
+            if name.endswith(".weight_scale_2") or (name.endswith(".weight") and _is_packed(entries, name)):
+                raise CheckpointError(
+                    f"{path}: expected plain weights, 8-bit floats, or 8-bit integers and a scale of each row, found "
+                    f"quantised {name}"
+                )
         with safe_open(path, framework="pt") as file:
             for name in names:
                 if name.endswith(_NO_WEIGHTS):
                     continue
                 tensor = file.get_tensor(name)
-                if entries[name].dtype.startswith("F8"):
+                if name.endswith(".weight") and entries[name].dtype == "I8":
+                    scale = file.get_tensor(_row_scale(name)).float()
+                    tensor = (tensor * scale.reshape(-1, 1)).to(dtype)
+                elif entries[name].dtype.startswith("F8"):
                     tensor = tensor.to(dtype)
                     stem = name.removesuffix(".weight")
                     for scale in (f"{stem}{end}" for end in _SCALES):
@@ -64,6 +72,18 @@ def read_tensors(part: Component, dtype: torch.dtype) -> Tensors:
                             tensor *= file.get_tensor(scale).to(dtype)
                 tensors[name.removeprefix(part.prefix)] = tensor
     return tensors
+
+
+def _is_packed(entries: Mapping[str, TensorEntry], name: str) -> bool:
+    """Whether it is neither floats nor rows of integers: four bits of two values in a byte, or blocks with scales."""
+    weight, scale = entries[name], entries.get(_row_scale(name))
+    if weight.dtype == "I8" and len(weight.shape) == 2 and scale is not None:
+        return not scale.dtype.startswith(("F", "BF")) or scale.shape not in (weight.shape[:1], (*weight.shape[:1], 1))
+    return weight.dtype in ("U8", "I8")
+
+
+def _row_scale(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.weight_scale"
 
 
 # --- layouts: each converter takes the tensors without prefix, and the configuration of the class ---

@@ -9,6 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from ..files.components import Component
+from ..files.single_file_weights import build
 from ..fusing.fusion_network import FusionNetwork
 
 COMPONENTS = {
@@ -32,6 +34,9 @@ def keep(folder: Path, part: Any) -> None:
 
 def read_part(folder: Path, kind: Any) -> Any:
     """In float32."""
+    if kind is FusionNetwork:  # of a model that has shipped each layer lies in integers, see ``ship``
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        return build(Component(folder.name, "duet", "FusionNetwork", folder / "config.json", (weights,)), torch.float32)
     return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).float()
 
 
@@ -56,15 +61,28 @@ def ship(part: Any, folder: Path) -> None:
     """Write it in half precision, the part itself too.
 
     Four fifths of a small model's weights are the fusion network's layers. They are written in 8 bits, each half as
-    large, which adds 0.0022 of the latents' variance to its error.
+    large: integers, and a scale of each row, by which the pack multiplies them when they are read.
     """
     part.cpu().half()
     if isinstance(part, FusionNetwork):
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Linear) and not name.startswith(("choice.", "reader.")):
-                layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+                _round_rows(layer)
     part.save_pretrained(folder, safe_serialization=True)
     _forget_origin(folder / "config.json")
+
+
+def _round_rows(layer: nn.Linear) -> None:
+    """Weights become integers of -127 to 127, and ``weight_scale``, (rows, 1), what one of them stands for.
+
+    In squares an even grid errs a seventh as much as floats of 8 bits do, where a row's largest weight is 4.5 of its
+    standard deviations, as it is here.
+    """
+    weight = layer.weight.detach().float()
+    scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(2**-14).half()  # a normal number in 16 bits
+    rounded = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    layer.weight = nn.Parameter(rounded, requires_grad=False)
+    layer.register_buffer("weight_scale", scale)
 
 
 def _forget_origin(config: Path) -> None:

@@ -177,11 +177,11 @@ def test_layers_ship_in_eight_bits_and_the_rest_in_sixteen(tmp_path: Path):
     ship(made, tmp_path / "fusion")
     with safe_open(tmp_path / "fusion/diffusion_pytorch_model.safetensors", "pt") as file:
         stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    small = {name for name, kind in stored.items() if kind == "F8_E4M3"}
+    small = {name for name, kind in stored.items() if kind == "I8"}
     assert {"entry.weight", "blocks.0.widen.weight", "exit.weight", "exit_block.narrow.weight"} <= small
     assert all(stored[name] == "F16" for name in stored.keys() - small)
     assert not {name for name in small if not name.endswith(".weight") or "norm" in name}
     assert not {name for name in small if name.startswith(("choice.", "reader."))}
     read = read_part(tmp_path / "fusion", FusionNetwork).eval()
     assert {weight.dtype for weight in read.parameters()} == {torch.float32}
-    assert float((offered(read, words, picture) - before).square().mean() / before.var()) < 5e-3
+    assert float((offered(read, words, picture) - before).square().mean() / before.var()) < 5e-4

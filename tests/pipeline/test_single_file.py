@@ -244,6 +244,25 @@ def test_scaled_8_bit_weights_are_multiplied_out(tmp_path: Path, scale_name: str
         open_checkpoint(path, further, config=folder).build("transformer")
 
 
+@pytest.mark.parametrize("column", [True, False])
+def test_8_bit_integers_with_a_scale_of_each_row_are_multiplied_out(tmp_path: Path, column: bool):
+    folder = save_family("z_image", tmp_path / "folder")
+    path, *further = z_image(folder, tmp_path / "z.safetensors")
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("layers.0.feed_forward.w1.weight"))
+    scale = weights[name].abs().amax(dim=1, keepdim=True) / 127
+    rounded = (weights[name] / scale).round().to(torch.int8)
+    scale_name = name.replace("weight", "weight_scale")
+    small = weights | {name: rounded, scale_name: scale if column else scale[:, 0]}
+    save_file(small, path, metadata={"format": "pt"})
+    built = open_checkpoint(path, further, config=folder).build("transformer").state_dict()
+    assert torch.equal(built[name.removeprefix(UNET)], rounded * scale)
+    for unfit in (torch.ones(()), torch.ones(2, 1), scale.to(torch.int32)):
+        save_file(small | {scale_name: unfit}, path, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"a scale of each row, found quantised .*w1\.weight"):
+            open_checkpoint(path, further, config=folder).build("transformer")
+
+
 # --- what is refused ---
 
 
