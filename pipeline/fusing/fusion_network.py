@@ -85,13 +85,21 @@ class FusionNetwork(ModelMixin, ConfigMixin):
 
     def fuse_normalised(self, joined: Tensor) -> Tensor:
         """joined: (..., text_width + image_width), each side normalised or null -> (..., grid*grid, channels)."""
+        said = [layer(seen) for layer, seen in zip(self.last_layers, self.before_last(joined), strict=True)]
+        return torch.stack(said).sum(dim=0).unflatten(-1, self._shape)
+
+    @property
+    def last_layers(self) -> list[nn.Linear]:
+        """The linear layers that the tokens are the sum of."""
+        return [self.exit] if self.exit_block is None else [self.exit, self.exit_block.narrow]
+
+    def before_last(self, joined: Tensor) -> list[Tensor]:
+        """joined as in ``fuse_normalised`` -> what each of ``last_layers`` is given, (..., its width)."""
         hidden = self.entry(joined)
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        tokens = self.exit(self.exit_norm(hidden))
-        if self.exit_block is not None:
-            tokens = tokens + self.exit_block(hidden)
-        return tokens.unflatten(-1, self._shape)
+        seen = self.exit_norm(hidden)
+        return [seen] if self.exit_block is None else [seen, self.exit_block.gated(hidden)]
 
 
 class _Block(nn.Module):
@@ -113,5 +121,9 @@ class _GatedBlock(nn.Module):
         self.narrow = nn.Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(self.gated(x))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., hidden)."""
         gate, value = self.widen(self.norm(x)).chunk(2, dim=-1)
-        return self.narrow(nn.functional.silu(gate) * value)
+        return nn.functional.silu(gate) * value

@@ -142,10 +142,10 @@ class Onlookers:
     What pleased one alone, at one size, the other would not see.
     """
 
-    def __init__(self, pictures: PictureSet) -> None:
+    def __init__(self, pictures: PictureSet, sizes: Sequence[int] = ONLOOKER_SIZES) -> None:
         eyes = [ImageNetEye(lite) for lite in (1, 2)]
-        self._eyes = [(eye, LineUp(eye, pictures)) for eye in eyes]
+        self._eyes, self._sizes = [(eye, LineUp(eye, pictures)) for eye in eyes], sizes
 
     def at(self, turn: int) -> tuple[ImageNetEye, LineUp, int]:
         """Who looks, with whom it compares, and how many pixels high it sees."""
-        return *self._eyes[turn % len(self._eyes)], ONLOOKER_SIZES[turn % len(ONLOOKER_SIZES)]
+        return *self._eyes[turn % len(self._eyes)], self._sizes[turn % len(self._sizes)]

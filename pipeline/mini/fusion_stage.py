@@ -20,19 +20,24 @@ SAID_WEIGHT = {
     2: [((0.125, 0.375, 0.4375, 0.625), 4.0), ((0.5625, 0.375, 0.875, 0.625), 4.0)],
 }
 EXIT_HIDDEN = 3500  # what 60 MB leave room for, see FusionNetwork
+BLUR = 0.05  # of what is asked for, which has unit variance
 ENDS_WEIGHT = 0.5  # of the difference of the errors at a panorama's two ends, which meet only where it is small
 
 
 def fused(network: FusionNetwork, batch: Batch, noise: float | Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens (B, G*G, 16) for a mixed batch, with the normalised inputs blurred by ``noise`` so neighbours agree.
+    """Tokens (B, G*G, 16) for a mixed batch, asked for as in ``joined``."""
+    return network.fuse_normalised(joined(network, batch, noise, generator))
 
-    noise: one for all, or (B, 1).
+
+def joined(network: FusionNetwork, batch: Batch, noise: float | Tensor, generator: torch.Generator) -> Tensor:
+    """What a mixed batch asks for (B, text_width + image_width), each side normalised or null.
+
+    noise: by which it is blurred so neighbours agree, one for all, or (B, 1).
     """
     text = torch.where(batch.has_text, network.text_norm(batch.text), network.null_text)
     image = torch.where(batch.has_image, network.image_norm(batch.image), network.null_image[batch.way])
-    joined = torch.cat([text, image], dim=-1)
-    blur = torch.randn(joined.shape, generator=generator, device=joined.device)
-    return network.fuse_normalised(joined + noise * blur)
+    asked = torch.cat([text, image], dim=-1)
+    return asked + noise * torch.randn(asked.shape, generator=generator, device=asked.device)
 
 
 def on_grid(tokens: Tensor, columns: int) -> Tensor:
@@ -112,7 +117,7 @@ def train_fusion(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = examples.draw(step, plan.batch)
-        made = fused(network, drawn, 0.05, seeded(step))
+        made = fused(network, drawn, BLUR, seeded(step))
         domain = pictures.domain_of(drawn.rows)
         wanted, weight = means[index(drawn.rows)], weights[index(domain)]
         emoji = int((domain == 0).sum())  # they come first

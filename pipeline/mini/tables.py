@@ -25,16 +25,18 @@ VIEWS = 4  # of each picture, the first one clean
 class Tables:
     """Everything the stage learns from, encoded once; rows as in TrainingSet.
 
-    captions: (M, 512) text_embeds of emoji; caption_concept, caption_is_name: (M,); scene_captions: (S, K, 512), K of
-    each scene; features: (N, V, 256) pooled features of each picture, clean first, then V-1 varied views; square:
-    (N, 16, 16, 16) latents of all that is square, times ``scaling_factor``, which gives them unit variance, and zeros
-    where a panorama is; wide: (skies, 16, 16, 32), those of the panoramas, which begin at row ``wide_from``. Tensors
-    lie on the device that learns.
+    captions: (M, 512) text_embeds of emoji; caption_concept, caption_is_name: (M,); bare_names: (concepts, 2), which of
+    the captions are a concept's name and nothing else, in English and Chinese, -1 of one that is held out;
+    scene_captions: (S, K, 512), K of each scene; features: (N, V, 256) pooled features of each picture, clean first,
+    then V-1 varied views; square: (N, 16, 16, 16) latents of all that is square, times ``scaling_factor``, which gives
+    them unit variance, and zeros where a panorama is; wide: (skies, 16, 16, 32), those of the panoramas, which begin at
+    row ``wide_from``. Tensors lie on the device that learns.
     """
 
     captions: Tensor
     caption_concept: np.ndarray
     caption_is_name: np.ndarray
+    bare_names: np.ndarray
     scene_captions: Tensor
     features: Tensor
     square: Tensor
@@ -99,12 +101,26 @@ def load_tables(
         read["captions"],
         read["caption_concept"].cpu().numpy(),
         read["caption_is_name"].cpu().numpy(),
+        _bare_names(captions, pictures),
         read["scene_captions"],
         read["features"],
         read["square"],
         read["wide"],
         pictures.starts[1],
         float(read["scaling_factor"]),
+    )
+
+
+def _bare_names(captions: Captions, pictures: TrainingSet) -> np.ndarray:
+    """(concepts, 2), by rows of the captions of concepts."""
+    concepts = pictures.emoji.concepts
+    of_concepts = np.flatnonzero(captions.concept >= 0)
+    row_of = {(captions.concept[row], captions.texts[row]): place for place, row in reversed([*enumerate(of_concepts)])}
+    return np.array(
+        [
+            [row_of.get((number, concept.label[language]), -1) for language in ("en", "zh")]
+            for number, concept in enumerate(concepts)
+        ]
     )
 
 

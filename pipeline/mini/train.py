@@ -46,7 +46,8 @@ from .words import (
 logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" where it is run
 
 # From nothing; longer plans go on getting better (fusion above all), and --steps makes shorter those that go on from a
-# model that has learned before. None has been run in full at 128 pixels; the model card tells what was.
+# model that has learned before. None has been run in full at 128 pixels; the model card tells what was. Of retouching:
+# rounds, drawings at once, and how far a step moves them.
 ON_CPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
     "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
@@ -55,7 +56,7 @@ ON_CPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
     "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
-    "retouch": Plan(9500, 512, learning_rate=7e-4, warmup=100, weight_decay=0.0, average=0.996),
+    "retouch": Plan(2, 32, learning_rate=0.05),
 }
 ON_GPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
@@ -65,7 +66,7 @@ ON_GPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
-    "retouch": Plan(10_000, 4096, learning_rate=7e-4, warmup=100, weight_decay=0.0, average=0.996),
+    "retouch": Plan(2, 64, learning_rate=0.05),
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def plan_of(stage: str) -> Plan:
         plan = plans[stage]
-        goes_on = chosen.start is not None and stage not in chosen.anew
+        goes_on = chosen.start is not None and stage not in {*chosen.anew, "retouch"}  # that moves pictures, no weights
         return replace(plan, learning_rate=chosen.again_rate * plan.learning_rate) if goes_on else plan
 
     def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
