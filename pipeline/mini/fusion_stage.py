@@ -103,12 +103,8 @@ def train_fusion(
     tables: Tables,
     network: FusionNetwork,
     plan: Plan,
-    name: str = "fusion",
 ) -> FusionNetwork:
-    """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128.
-
-    name: of the stage, whose checkpoint and curve are called so.
-    """
+    """On two cores, in float32, a batch of 256 learns more in the same time than one of 512 or of 128."""
     torch.manual_seed(0)
     if network.reader is not None:
         network.reader.requires_grad_(False)  # nothing that is drawn passes through it
@@ -132,5 +128,5 @@ def train_fusion(
             "ends": ENDS_WEIGHT * ends.sum() / plan.batch,
         }
 
-    run_stage(name, work, plan, nn.ModuleDict({"fusion": network}), loss_at)
+    run_stage("fusion", work, plan, nn.ModuleDict({"fusion": network}), loss_at)
     return network

@@ -338,7 +338,7 @@ def test_a_mesh_is_told_from_other_errors():
 
 
 # One short step, for which the slope must tell the way. Through a decoder that has learned nothing, what comes of the
-# stage's four long ones is chance: it differs by the machine and by its threads.
+# stage's two long ones is chance: it differs by the machine and by its threads.
 SHORT = 0.01
 
 
