@@ -18,7 +18,7 @@ from .families import FAMILIES
 from .family import Family
 from .files.components import Component, check_model, either, open_component
 from .files.content import Digests, effective
-from .files.safetensors_files import CheckpointError, read_json, shown
+from .files.safetensors_files import CheckpointError, check_weights, read_json, shown
 from .files.single_file import open_single_file
 from .files.single_file_weights import build
 from .files.weights import key_of
@@ -110,7 +110,7 @@ class Checkpoint:
         try:
             with building, torch.inference_mode(False):
                 by_diffusers = part.library in ("diffusers", "duet")
-                build_part = build if part.form or by_diffusers else _from_pretrained
+                build_part = build if part.form or by_diffusers or _in_integers(part) else _from_pretrained
                 module = build_part(part, dtype or torch.float32)
                 own(module)
         except (*LOADING_ERRORS, SafetensorError) as error:
@@ -245,6 +245,11 @@ def _from_pretrained(part: Component, dtype: torch.dtype) -> nn.Module:
             f"shape, the first being {lacking[0]}"
         )
     return module
+
+
+def _in_integers(part: Component) -> bool:
+    """Whether rows of it are to be multiplied out, of which transformers knows nothing."""
+    return any(entry.dtype == "I8" for path in part.weights for entry in check_weights(path).entries.values())
 
 
 def fresh_scheduler(scheduler: Any) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
+from transformers import CLIPTextModelWithProjection
 
-from ..files.components import Component
+from ..checkpoints import own
+from ..files.components import Component, find_weights
 from ..files.single_file_weights import build
 from ..fusing.fusion_network import FusionNetwork
 
@@ -33,11 +35,12 @@ def keep(folder: Path, part: Any) -> None:
 
 
 def read_part(folder: Path, kind: Any) -> Any:
-    """In float32."""
-    if kind is FusionNetwork:  # of a model that has shipped each layer lies in integers, see ``ship``
-        weights = folder / "diffusion_pytorch_model.safetensors"
-        return build(Component(folder.name, "duet", "FusionNetwork", folder / "config.json", (weights,)), torch.float32)
-    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).float()
+    """In float32, and no longer lying in the file. Of a model that has shipped some are integers, see ``ship``."""
+    library = next(library for library, name in COMPONENTS.values() if name == kind.__name__)
+    weights, _ = find_weights(folder, "model" if library == "transformers" else "diffusion_pytorch_model")
+    part = build(Component(folder.name, library, kind.__name__, folder / "config.json", tuple(weights)), torch.float32)
+    own(part)
+    return part
 
 
 def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target: Path) -> None:
@@ -60,23 +63,31 @@ def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target:
 def ship(part: Any, folder: Path) -> None:
     """Write it in half precision, the part itself too.
 
-    Four fifths of a small model's weights are the fusion network's layers. They are written in 8 bits, each half as
-    large: integers, and a scale of each row, by which the pack multiplies them when they are read.
+    The fusion network and the text encoder hold nineteen twentieths of a small model's weights. Their layers are
+    written in 8 bits, each half as large: integers, and a scale of each row, by which the pack multiplies them when
+    they are read.
     """
     part.cpu().half()
-    if isinstance(part, FusionNetwork):
-        for name, layer in part.named_modules():
-            if isinstance(layer, nn.Linear) and not name.startswith(("choice.", "reader.")):
-                _round_rows(layer)
+    for name, layer in part.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)) and _in_integers(part, name):
+            _round_rows(layer)
+    if isinstance(part, FusionNetwork) and part.memory is not None:
+        part.memory.scales = part.memory.scales.to(torch.float8_e5m2)  # which they were rounded to
     part.save_pretrained(folder, safe_serialization=True)
     _forget_origin(folder / "config.json")
 
 
-def _round_rows(layer: nn.Linear) -> None:
+def _in_integers(part: Any, layer: str) -> bool:
+    if isinstance(part, FusionNetwork):
+        return not layer.startswith(("choice.", "reader.", "memory."))
+    return isinstance(part, CLIPTextModelWithProjection)
+
+
+def _round_rows(layer: nn.Linear | nn.Embedding) -> None:
     """Weights become integers of -127 to 127, and ``weight_scale``, (rows, 1), what one of them stands for.
 
     In squares an even grid errs a seventh as much as floats of 8 bits do, where a row's largest weight is 4.5 of its
-    standard deviations, as it is here.
+    standard deviations, as it is in the fusion network.
     """
     weight = layer.weight.detach().float()
     scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(2**-14).half()  # a normal number in 16 bits

@@ -11,11 +11,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.checkpoints import CheckpointError, fresh_scheduler, open_checkpoint
 from pipeline.files.components import _SCHEDULERS
+from pipeline.mini.parts import ship
 from pipeline.model_cache import ModelCache
 from tests.pipeline.devices import FakeDevice
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
@@ -206,6 +208,21 @@ def test_a_folder_with_only_the_fp16_variant(mini: Path, component: str):
     checkpoint = open_checkpoint(mini)
     assert checkpoint.components[component].variant == "fp16"
     assert isinstance(checkpoint.build(component), nn.Module)
+
+
+def test_a_text_encoder_in_integers_is_multiplied_out(mini: Path):
+    before: Any = open_checkpoint(mini).build("text_encoder")
+    ship(copy.deepcopy(before), mini / "text_encoder")
+    with safe_open(mini / "text_encoder/model.safetensors", "pt") as file:
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert {stored[name] for name in stored if name.endswith((".token_embedding.weight", "proj.weight"))} == {"I8"}
+    read: Any = open_checkpoint(mini).build("text_encoder")
+    assert {weight.dtype for weight in read.parameters()} == {torch.float32}
+    assert all(weight.untyped_storage().resizable() for weight in read.parameters()), "copied, not mapped"
+    ids = torch.tensor([[2, 4, 6, 5, 3]])
+    with torch.no_grad():
+        wanted, made = (encoder(input_ids=ids).text_embeds for encoder in (before, read))
+    assert 0 < float((made - wanted).square().mean() / wanted.square().mean()) < 1e-3
 
 
 def test_the_names_that_older_libraries_gave_to_weights(saved: Path, tmp_path: Path):
