@@ -20,9 +20,13 @@ SHARPNESS = 0.03  # the cosine that makes one drawing e times as likely as anoth
 
 
 def over_colour(pictures: Tensor, colour: Tensor) -> Tensor:
-    """(B, 4, H, W) in -1..1, premultiplied -> RGB in 0..1 over ``colour`` (B, 3, 1, 1)."""
-    values = (pictures + 1) / 2
-    return values[:, :3] + (1 - values[:, 3:]) * colour
+    """(B, 4, H, W) about -1..1, premultiplied -> RGB in 0..1 over ``colour`` (B, 3, 1, 1).
+
+    As it will be seen: no more than opaque, and no lighter than its alpha.
+    """
+    values = ((pictures + 1) / 2).clamp(0, 1)
+    alpha = values[:, 3:]
+    return torch.minimum(values[:, :3], alpha) + (1 - alpha) * colour
 
 
 def layers_apart(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
