@@ -102,7 +102,7 @@ _TOKENIZER_FILES = (
 _MOST_TRAIN_STEPS = 100_000
 # A configuration's numbers that are widths of its network, which is made before its weights are seen not to fit. The
 # widest dimension of published models is a vocabulary's.
-_WIDTH = re.compile(r"dim|channels|hidden_size|intermediate_size|vocab_size|width|d_model|d_ff|d_kv")
+_WIDTH = re.compile(r"dim|channels|hidden_size|intermediate_size|vocab_size|width|d_model|d_ff|d_kv|remembers")
 _WIDEST = 2**18
 
 

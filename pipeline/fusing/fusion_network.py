@@ -6,6 +6,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .choice import Choice
+from .memory import Memory
 from .style_reader import StyleReader
 
 
@@ -20,6 +21,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
     chooses: words beside a picture are drawn in one of those ways where the two were never learned together.
     exit_hidden: units of a gated layer beside the linear one that ends in the tokens, which by itself reaches only
     ``width`` directions of them: of drawings, 7% of the variance lies beyond 1,024. 0 for none.
+    remembers: how many things are said otherwise than the layers say them, see Memory. 0 for none.
     """
 
     @register_to_config
@@ -37,6 +39,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         chooses: bool = False,
         exit_hidden: int = 0,
         styles: int = 0,
+        remembers: int = 0,
     ) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(text_width)
@@ -52,6 +55,7 @@ class FusionNetwork(ModelMixin, ConfigMixin):
         self.exit_block = _GatedBlock(width, exit_hidden, grid * grid * channels) if exit_hidden else None
         self._shape, self._ways = (grid * grid, channels), ways
         self.choice = Choice(ways, text_width, image_width) if chooses else None
+        self.memory = Memory(remembers, text_width + image_width, *self._shape) if remembers else None
 
     def forward(self, text: Tensor | None, image: Tensor | None, batch_size: int | None = None) -> Tensor:
         """text: (B, text_width) or None; image: (B, image_width) or None -> tokens (B, grid*grid, channels).
@@ -86,7 +90,20 @@ class FusionNetwork(ModelMixin, ConfigMixin):
     def fuse_normalised(self, joined: Tensor) -> Tensor:
         """joined: (..., text_width + image_width), each side normalised or null -> (..., grid*grid, channels)."""
         said = [layer(seen) for layer, seen in zip(self.last_layers, self.before_last(joined), strict=True)]
+        if self.memory is not None:
+            said.append(self.memory(joined))
         return torch.stack(said).sum(dim=0).unflatten(-1, self._shape)
+
+    def remember(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Add these to what the layers say, in place of what was remembered before, see ``Memory.keep``."""
+        self.memory = Memory(len(keys), query.shape[0], *self._shape).to(query.device)
+        self.memory.keep(query, keys, values)
+        self.register_to_config(remembers=len(keys))
+
+    def forget(self) -> None:
+        """The layers alone are to say what is said."""
+        self.memory = None
+        self.register_to_config(remembers=0)
 
     @property
     def last_layers(self) -> list[nn.Linear]:

@@ -69,10 +69,12 @@ def new_fusion(tables: Tables) -> FusionNetwork:
 
 
 def reaching_further(network: FusionNetwork) -> FusionNetwork:
-    """The same function, of a network whose gated last layer has EXIT_HIDDEN units; one that has is returned as it is.
+    """What its layers say, of a network whose gated last layer has EXIT_HIDDEN units; one that has goes on as it is.
 
-    Units that it had not add nothing until they have learned.
+    Units that it had not add nothing until they have learned. What it remembers it forgets: that lies in what its
+    layers said.
     """
+    network.forget()
     had = network.config["exit_hidden"]
     if had >= EXIT_HIDDEN:
         return network

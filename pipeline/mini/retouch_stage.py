@@ -4,8 +4,8 @@ What tells two finishes of one drawing apart is a small part of its latents, and
 pays it no heed: what the network says is near the true latents and looks like the wrong finish. The decoder can draw
 the right one from latents close by. So each drawing's latents, as the network says them, go two steps down the gradient
 of what two ImageNet networks see of the picture made of them, and the network's last layers are moved to say where they
-have come, as far as they can without saying other things otherwise. From where that led the next round goes on. The
-moves are small, and of each a part suffices.
+have come, as far as they can without saying other things otherwise: of each move a part. From where that led the next
+round goes on. Where the last ones lead is remembered, each drawing by itself.
 """
 
 import logging
@@ -24,6 +24,7 @@ from .fusion_stage import on_grid
 from .generator_stage import START_NOISE, velocity_at
 from .last_layers import by_names, move_answers
 from .loop import Plan, device, halves_pay, seeded
+from .remembering import remember
 from .tables import Tables
 from .training_set import TrainingSet
 
@@ -33,6 +34,7 @@ RETOUCHED = ("fluent-color", "fluent-flat", "fluent-3d")  # three finishes, ofte
 STEPS, MOMENTUM = 2, 0.5
 LAYERS_WEIGHT, TOLD_WEIGHT = 3.0, 0.2  # what else is told apart pleases these networks, and no other
 SIZES = (224, 192)  # pixels high, about as large as they were taught with
+REMEMBERED = 2  # the last rounds: the layers, which are smooth, say as much of the moves as they can before
 
 
 def train_retouch(
@@ -46,12 +48,16 @@ def train_retouch(
 ) -> FusionNetwork:
     """Of the plan: so many rounds, drawings at once, and how far a step goes, of latents of unit variance.
 
-    All but the last layers stay as they are.
+    All but the last layers and the memory stay as they are.
     """
     nn.Module.to(network, device()).eval().requires_grad_(False)
+    network.forget()
     for number in range(1, plan.steps + 1):
         rows, moves = retouch(work / f"retouched-{number}", pictures, tables, network, unet, vae, plan)
-        share = move_answers(network, pictures, tables, rows, moves)
+        if number <= plan.steps - REMEMBERED:
+            share = move_answers(network, pictures, tables, rows, moves)
+        else:
+            share = remember(network, pictures, tables, rows, moves)
         logger.info("retouch %d/%d: moves of %.4f, made %.2f", number, plan.steps, moves.square().mean(), share)
     return network
 

@@ -35,6 +35,7 @@ from pipeline.mini.last_layers import by_names, move_answers
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.reader_stage import train_reader
+from pipeline.mini.remembering import remember
 from pipeline.mini.retouch_stage import LAYERS_WEIGHT, RETOUCHED, SIZES, TOLD_WEIGHT, retouch, train_retouch
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
@@ -395,6 +396,7 @@ def test_what_was_retouched_is_kept_and_said_by_the_last_layers_alone(
     pictures: TrainingSet, tables: Tables, retouching: Retouching, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(retouch_stage, "Onlookers", None)  # nobody looks again
+    monkeypatch.setattr(retouch_stage, "REMEMBERED", 0)
     monkeypatch.setattr(last_layers, "BATCHES", 1)
     fusion = deepcopy(retouching.fusion)
     before = deepcopy(fusion.state_dict())
@@ -404,6 +406,47 @@ def test_what_was_retouched_is_kept_and_said_by_the_last_layers_alone(
     asked = by_names(taught, pictures, tables, retouching.rows, name=1)
     made = taught.fuse_normalised(asked) - retouching.fusion.fuse_normalised(asked)
     assert float((made - retouching.moves).square().mean() / retouching.moves.square().mean()) < 0.05
+
+
+def test_where_the_last_rounds_led_is_remembered(
+    pictures: TrainingSet, tables: Tables, retouching: Retouching, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(retouch_stage, "Onlookers", None)  # nobody looks again
+    fusion = deepcopy(retouching.fusion)
+    taught = train_retouch(retouching.folder.parent, pictures, tables, fusion, retouching.unet, retouching.vae, SHORTLY)
+    assert {"exit.weight", "entry.weight"} <= retouching.fusion.state_dict().keys()
+    for name, weights in retouching.fusion.state_dict().items():
+        assert torch.equal(taught.state_dict()[name], weights), name
+    assert taught.config["remembers"] == len(retouching.rows)
+
+
+@torch.no_grad()
+def test_what_is_remembered_is_said_by_any_name_and_changes_nothing_else(pictures: TrainingSet, tables: Tables):
+    torch.manual_seed(0)
+    drawings, places = pictures.emoji.training_rows(), tables.means().shape[1:]
+    rows, others = drawings[::3], np.setdiff1d(drawings, drawings[::3])
+    meant = torch.randn(len(pictures.emoji.concepts), 512)[tables.caption_concept]
+    alike, named = meant + 0.1 * torch.randn(meant.shape), np.ones(len(meant), dtype=bool)
+    tables = replace(tables, captions=alike, caption_is_name=named)
+    fusion, moves = new_fusion(tables).eval(), torch.randn(len(rows), *places)
+    begun = deepcopy(fusion)
+
+    def changes(some: np.ndarray, name: int, since: FusionNetwork = begun) -> Tensor:
+        asked = by_names(fusion, pictures, tables, some, name)
+        return fusion.fuse_normalised(asked) - since.fuse_normalised(asked)
+
+    assert remember(fusion, pictures, tables, rows, moves) > 0.85
+    first = deepcopy(fusion)
+    for name in (0, 1):
+        assert float((changes(rows, name) - moves).square().mean() / moves.square().mean()) < 0.2
+        assert not changes(others, name).any()
+    scene, unknown = fusion.image_norm(tables.features[-1:, 0]), 3 * fusion.null_image[:1]
+    for shown in (scene, unknown):
+        joined = torch.cat([fusion.text_norm(alike), shown.expand(len(alike), -1)], dim=1)
+        assert torch.equal(fusion.fuse_normalised(joined), begun.fuse_normalised(joined)), "in no style that is known"
+    assert remember(fusion, pictures, tables, rows[::2], moves[::2]) > 0.85
+    assert float((changes(rows[::2], 0, first) - moves[::2]).square().mean() / moves.square().mean()) < 0.5
+    assert not changes(rows[1::2], 0).any(), "only the last are remembered"
 
 
 def test_answers_move_and_others_stay(pictures: TrainingSet, tables: Tables, monkeypatch: pytest.MonkeyPatch):

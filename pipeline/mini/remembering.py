@@ -1,0 +1,61 @@
+"""What single drawings are said, remembered: it reaches no other drawing, and takes a sixteenth of a weight's bits."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..fusing.fusion_network import FusionNetwork
+from ..fusing.memory import KEY_WIDTH
+from .examples import NUMBER_OF
+from .fusion_stage import BLUR
+from .last_layers import BATCH, by_names
+from .loop import device
+from .tables import Tables, index
+from .training_set import TrainingSet
+
+
+@torch.no_grad()
+def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows: np.ndarray, moves: Tensor) -> float:
+    """Let it say drawings ``rows`` (K,) moved by ``moves`` (K, G*G, C) from where it says them, by any of their names.
+
+    What it remembered before is remembered no more, but as it is part of what is said of these. Returns the share of
+    the moves that is made where they are asked for by their English names.
+    """
+
+    def said(name: int) -> Tensor:
+        parts = np.array_split(rows, len(rows) // BATCH + 1)
+        return torch.cat([network.fuse_normalised(by_names(network, pictures, tables, some, name)) for some in parts])
+
+    before = said(0)
+    network.forget()
+    query, keys = _told_apart(network, pictures, tables, rows)
+    network.remember(query, keys, before + moves - (said(0) + said(1)) / 2)
+    return float(((said(0) - before) * moves).sum() / moves.square().sum())
+
+
+def _told_apart(
+    network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """By what drawings are told apart, (text_width + image_width, KEY_WIDTH), and where each lies (K, KEY_WIDTH).
+
+    Linear discriminants of several classes (Rao, Journal of the Royal Statistical Society B 10(2), 1948): the principal
+    axes of the drawings' means, in units of how far the names of one vary. A style is asked for by its null vector, and
+    does not.
+    """
+    concepts, concept_of = np.unique(pictures.emoji.concept[rows], return_inverse=True)
+    named = np.flatnonzero(tables.caption_is_name & np.isin(tables.caption_concept, concepts))
+    of_concept = index(np.searchsorted(concepts, tables.caption_concept[named]))
+    names = network.text_norm(tables.captions[index(named)])
+    counts = torch.bincount(of_concept, minlength=len(concepts))[:, None]
+    means = names.new_zeros(len(concepts), names.shape[1]).index_add_(0, of_concept, names) / counts
+    varied = names - means[of_concept]
+    images = network.null_image[index(NUMBER_OF[pictures.emoji.style[rows]])]
+    asked = torch.cat([means[index(concept_of)], images], dim=1)
+    variance = BLUR**2 * torch.eye(asked.shape[1], device=device())
+    variance[: names.shape[1], : names.shape[1]] += varied.T @ varied / len(varied)
+    lengths, axes = torch.linalg.eigh(variance)
+    to_units = axes * lengths.rsqrt()
+    farthest = torch.linalg.svd((asked - asked.mean(dim=0)) @ to_units, full_matrices=False).Vh[:KEY_WIDTH]
+    query = to_units @ F.pad(farthest, (0, 0, 0, KEY_WIDTH - len(farthest))).T
+    return query, asked @ query
