@@ -1,4 +1,4 @@
-"""What single drawings are said, remembered: it reaches no other drawing, and takes a sixteenth of a weight's bits."""
+"""Teaching the memory of a fusion network: what single drawings are to be said beyond what its layers say."""
 
 import numpy as np
 import torch
