@@ -80,13 +80,18 @@ def test_a_picture_alone_gives_its_like(warm: ModelCache, shipped: Checkpoint):
 
 def test_it_is_small_and_quick(warm: ModelCache, shipped: Checkpoint):
     assert sum(file.stat().st_size for file in MODEL_FOLDER.rglob("*") if file.is_file()) <= 60e6
-    draw(warm, shipped, "warm up")
-    spent = []
-    for number in range(9):
-        started = time.perf_counter()
-        draw(warm, shipped, f"rocket {number}", black_and_white())
-        spent.append(time.perf_counter() - started)
-    assert min(spent) < 0.5, "the least disturbed one: what else runs beside it only adds"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that this thread's own time is all that a picture costs, whatever runs beside it
+    try:
+        draw(warm, shipped, "warm up")
+        spent = []
+        for number in range(9):
+            started = time.thread_time()
+            draw(warm, shipped, f"rocket {number}", black_and_white())
+            spent.append(time.thread_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0.02 < min(spent) < 0.5, "seconds of one core"
 
 
 def test_a_panorama_closes_and_its_sun_stands_where_it_is_said_to(warm: ModelCache, shipped: Checkpoint):
