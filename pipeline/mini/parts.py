@@ -63,7 +63,7 @@ def export(parts: dict[str, Any], tokenizer: Any, scaling_factor: float, target:
 def ship(part: Any, folder: Path) -> None:
     """Write it in half precision, the part itself too.
 
-    The fusion network and the text encoder hold nineteen twentieths of a small model's weights. Their layers are
+    The fusion network and the text encoder hold nine tenths of a small model's weights. Their layers are
     written in 8 bits, each half as large: integers, and a scale of each row, by which the pack multiplies them when
     they are read.
     """
