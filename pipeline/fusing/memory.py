@@ -19,7 +19,8 @@ class Memory(nn.Module):
 
     What the layers of a network learn they share among all that is asked, so a small part that one thing needs for
     itself costs them as much as any other, and disturbs what else they say. Here it takes 2 bits of each number, and
-    what lies far from it does not change. Keys and values as in key-value memories (Miller et al. 2016, arXiv 1606.03126, section 3.1).
+    what lies far from it stays as it is. Keys and values as in key-value memories (Miller et al. 2016, arXiv
+    1606.03126, section 3.1).
 
     A query is linear in what is asked: the axes along which things lie far apart for how much the askings of one vary
     (linear discriminants), in units of that variation. So the probability that a key is meant follows from distances
