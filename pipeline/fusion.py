@@ -88,9 +88,12 @@ def fuse(
 
 def _concat(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:
     """A path through the three points that the network was trained on: words, both, picture."""
-    if strength <= 0.5:
-        return _between(network(words, None), network(words, picture), 2 * strength)
-    return _between(network(words, picture), network(None, picture), 2 * strength - 1)
+    both = network(words, picture)
+    if strength == 0.5:  # where the dial stands unless it is turned: words alone, in all their ways, would cost thrice
+        return both
+    if strength < 0.5:
+        return _between(network(words, None), both, 2 * strength)
+    return _between(both, network(None, picture), 2 * strength - 1)
 
 
 def _weighted(network: FusionNetwork, words: Tensor, picture: Tensor, strength: float) -> Tensor:

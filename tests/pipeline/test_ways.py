@@ -66,6 +66,20 @@ def test_the_more_the_picture_says_the_less_is_left_open(warm: ModelCache, shipp
     assert ways_of(fuse(warm, shipped, prompt, features)) == 1
 
 
+def test_only_what_the_dial_looks_at_is_fused(warm: ModelCache, shipped: Checkpoint):
+    prompt, features = encode_prompt(warm, shipped, "a red rose"), encode_image(warm, shipped, SEEN)
+    asked: list[int] = []  # inputs that go through the network
+    with shipped.use(warm, "fusion") as network:
+        hook = network.entry.register_forward_pre_hook(lambda _, given: asked.append(given[0][..., 0].numel()))
+    try:
+        for strength, wanted in {0.0: len(WAYS), 0.2: len(WAYS) + 1, 0.5: 1, 0.8: 2, 1.0: 1}.items():
+            asked.clear()
+            fuse(warm, shipped, prompt, features, strength=strength)
+            assert sum(asked) == wanted, strength
+    finally:
+        hook.remove()
+
+
 def test_a_condition_in_one_way_is_what_that_seed_would_take(
     words: FusedConditioning, warm: ModelCache, shipped: Checkpoint
 ):
