@@ -17,6 +17,7 @@ IMAGENET_BLOCKS = (2, 5, 9, 13, 18)  # one of each size and width
 ONLOOKER_SIZES = (IMAGENET_SIZE, 128, 192)
 MESH_LENGTH = 8  # pixels along a line that are taken together: what alternates and is no mesh averages out
 SHARPNESS = 0.03  # the cosine that makes one drawing e times as likely as another
+NEAR = 0.01  # the same, where one drawing in two styles is to be told apart: they are so alike
 
 
 def over_colour(pictures: Tensor, colour: Tensor) -> Tensor:
@@ -126,6 +127,16 @@ class LineUp:
         """Of each: how many of its style, and how many of its concept, (B,) each, are likelier than what was meant."""
         right = self._places(rows)
         return [(each > each.gather(1, right[:, None]) + 1e-6).sum(dim=1) for each in self._among(gists, right)]
+
+    def behind(self, gists: Tensor, rows: np.ndarray) -> Tensor:
+        """(B,): by how much cosine its concept in other styles is likelier than what was meant; below 0 where it isn't.
+
+        A smooth maximum over those styles: every one that comes near counts.
+        """
+        right = self._places(rows)[:, None]
+        likeness = self._among(gists, right[:, 0])[1]
+        others = likeness.scatter(1, right, -1.0)  # which is as unlike as may be
+        return NEAR * torch.logsumexp(others / NEAR, dim=1) - likeness.gather(1, right)[:, 0]
 
     def gists_of(self, rows: np.ndarray) -> Tensor:
         """(B, 1280) of the drawings themselves."""

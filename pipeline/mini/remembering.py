@@ -19,8 +19,8 @@ from .training_set import TrainingSet
 def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows: np.ndarray, moves: Tensor) -> float:
     """Let it say drawings ``rows`` (K,) moved by ``moves`` (K, G*G, C) from where it says them, by any of their names.
 
-    What it remembered before is remembered no more, but as it is part of what is said of these. Returns the share of
-    the moves that is made where they are asked for by their English names.
+    What was remembered of these before goes on from there; of others it is remembered no more. At first a value is the
+    mean of what either name needs. Returns the share of the moves that is made where they are asked for in English.
     """
 
     def said(name: int) -> Tensor:
@@ -29,8 +29,12 @@ def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows
 
     before = said(0)
     network.forget()
+    english, chinese = said(0), said(1)
+    added = before - english
+    at_first = added.square().mean(dim=(1, 2), keepdim=True) < 1e-6
+    values = moves + torch.where(at_first, (english - chinese) / 2, added)
     query, keys = _told_apart(network, pictures, tables, rows)
-    network.remember(query, keys, before + moves - (said(0) + said(1)) / 2)
+    network.remember(query, keys, values)
     return float(((said(0) - before) * moves).sum() / moves.square().sum())
 
 

@@ -6,20 +6,27 @@ the right one from latents close by. So each drawing's latents, as the network s
 of what two ImageNet networks see of the picture made of them, and the network's last layers are moved to say where they
 have come, as far as they can without saying other things otherwise: of each move a part. From where that led the next
 round goes on. Where the last ones lead is remembered, each drawing by itself.
+The very last asks of the two networks that they tell each drawing from its concept in other styles, by so much and no
+more; beside it the picture's own error counts most, or what pleases these networks would speckle it. So go drawings of
+other styles too, those that are most taken for another's.
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import picture_loss, to_model_range
 from .catalogue import STYLES
-from .finish_losses import Onlookers, layers_apart, over_colour
+from .finish_losses import NEAR, ImageNetEye, LineUp, Onlookers, layers_apart, over_colour
 from .fusion_stage import on_grid
 from .generator_stage import START_NOISE, velocity_at
 from .last_layers import by_names, move_answers
@@ -31,10 +38,40 @@ from .training_set import TrainingSet
 logger = logging.getLogger(__name__)
 
 RETOUCHED = ("fluent-color", "fluent-flat", "fluent-3d")  # three finishes, often of one drawing
-STEPS, MOMENTUM = 2, 0.5
-LAYERS_WEIGHT, TOLD_WEIGHT = 3.0, 0.2  # what else is told apart pleases these networks, and no other
+FURTHER = 370  # drawings of other styles that the last round moves: half a megabyte remembers so many
 SIZES = (224, 192)  # pixels high, about as large as they were taught with
-REMEMBERED = 2  # the last rounds: the layers, which are smooth, say as much of the moves as they can before
+REMEMBERED = 3  # the last rounds: the layers, which are smooth, say as much of the moves as they can before
+MOMENTUM = 0.5
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a round goes down, in so many steps, each so far of the plan's rate.
+
+    picture, layers: how much the picture's own error counts, and what the networks' layers see; told: (line-up, gists,
+    rows) -> what it costs where it stands among all drawings. further: how many drawings of other styles go too.
+    """
+
+    steps: int
+    pace: float
+    picture: float
+    layers: float
+    told: Callable[[LineUp, Tensor, np.ndarray], Tensor]
+    further: int = 0
+
+
+def _among_all(line_up: LineUp, gists: Tensor, rows: np.ndarray) -> Tensor:
+    return 0.2 * line_up(gists, rows)
+
+
+def _ahead(line_up: LineUp, gists: Tensor, rows: np.ndarray) -> Tensor:
+    """Of the other styles by three times what makes one e times as likely; to be further ahead is worth nothing."""
+    return 3 * F.softplus(line_up.behind(gists, rows) / NEAR + 3).mean()
+
+
+# What else is told apart among all pleases these networks, and no other.
+NEARER = Aim(steps=2, pace=1.0, picture=1.0, layers=3.0, told=_among_all)
+TOLD_APART = Aim(steps=4, pace=0.7, picture=6.0, layers=3.0, told=_ahead, further=FURTHER)
 
 
 def train_retouch(
@@ -53,7 +90,8 @@ def train_retouch(
     nn.Module.to(network, device()).eval().requires_grad_(False)
     network.forget()
     for number in range(1, plan.steps + 1):
-        rows, moves = retouch(work / f"retouched-{number}", pictures, tables, network, unet, vae, plan)
+        aim = TOLD_APART if number == plan.steps else NEARER
+        rows, moves = retouch(work / f"retouched-{number}", pictures, tables, network, unet, vae, plan, aim)
         if number <= plan.steps - REMEMBERED:
             share = move_answers(network, pictures, tables, rows, moves)
         else:
@@ -70,27 +108,28 @@ def retouch(
     unet: UNet2DConditionModel,
     vae: AutoencoderDC,
     plan: Plan,
+    aim: Aim,
 ) -> tuple[np.ndarray, Tensor]:
-    """The drawings in RETOUCHED styles (K,), and by how much their tokens move (K, G*G, C).
+    """The drawings in RETOUCHED styles and ``aim.further`` others (K,), and by how much their tokens move (K, G*G, C).
 
-    Each batch is kept in ``folder``, where a kill leaves it.
+    Which they are, and each batch, is kept in ``folder``, where a kill leaves it.
     """
-    emoji = pictures.emoji
-    rows = emoji.training_rows()
-    rows = rows[np.isin(emoji.style[rows], [STYLES.index(name) for name in RETOUCHED])]
     folder.mkdir(parents=True, exist_ok=True)
-    batches = {
-        folder / f"{number:04}.pt": some
-        for number, some in enumerate(np.array_split(rows, len(rows) // plan.batch + 1))
-    }
-    if not all(stored.exists() for stored in batches):
-        hand = _Retoucher(pictures, tables, network, unet, vae)
-        for seed, (stored, some) in enumerate(batches.items()):
-            if not stored.exists():
-                partial = stored.with_suffix(".partial")
-                torch.save(hand.moves(some, seed, plan.learning_rate), partial)
-                partial.rename(stored)
+    hand, chosen = _Retoucher(pictures, tables, network, unet, vae, aim), folder / "rows.pt"
+    if not chosen.exists():
+        _keep(chosen, torch.from_numpy(hand.rows(plan.batch)))
+    rows = torch.load(chosen, weights_only=True).numpy()
+    batches = [folder / f"{number:04}.pt" for number in range(len(rows) // plan.batch + 1)]
+    for seed, (stored, some) in enumerate(zip(batches, np.array_split(rows, len(batches)), strict=True)):
+        if not stored.exists():
+            _keep(stored, hand.moves(some, seed, plan.learning_rate * aim.pace))
     return rows, torch.cat([torch.load(stored, weights_only=True, map_location=device()) for stored in batches])
+
+
+def _keep(stored: Path, values: Tensor) -> None:
+    partial = stored.with_suffix(".partial")
+    torch.save(values, partial)
+    partial.rename(stored)
 
 
 class _Retoucher:
@@ -101,44 +140,79 @@ class _Retoucher:
         network: FusionNetwork,
         unet: UNet2DConditionModel,
         vae: AutoencoderDC,
+        aim: Aim,
     ) -> None:
-        self._pictures, self._tables = pictures, tables
+        self._pictures, self._tables, self._aim = pictures, tables, aim
         self._network, self._unet, self._vae = network, unet, vae
         for part in (network, unet, vae):
             nn.Module.to(part, device())
             part.eval().requires_grad_(False)
-        self._onlookers = Onlookers(pictures.emoji, SIZES)
         self._white = torch.ones(1, 3, 1, 1, device=device())
+
+    @cached_property
+    def _onlookers(self) -> Onlookers:
+        """Not asked where all that they would say is kept: to see every drawing takes them minutes."""
+        return Onlookers(self._pictures.emoji, SIZES)
+
+    def rows(self, batch: int) -> np.ndarray:
+        """In rising order: of the finishes all, and of what else is learned what is most taken for another style's."""
+        emoji = self._pictures.emoji
+        learned = emoji.training_rows()
+        finishes = np.isin(emoji.style[learned], [STYLES.index(name) for name in RETOUCHED])
+        others = learned[~finishes]
+        if self._aim.further and len(others):
+            parts = np.array_split(others, len(others) // batch + 1)
+            behind = np.concatenate([self._behind(some, seed) for seed, some in enumerate(parts)])
+            others = others[np.argsort(-behind, kind="stable")]
+        return np.sort(np.concatenate([learned[finishes], others[: self._aim.further]]))
+
+    @torch.no_grad()
+    def _behind(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        """(B,), the mean of the networks, of what is drawn now."""
+        with torch.autocast(device().type, torch.bfloat16, enabled=halves_pay()):
+            drawn = self._drawn(self._said(rows), seeded(seed))
+            found = [
+                line_up.behind(eye.gist(eye.layers(over_colour(drawn, self._white), size)), rows)
+                for eye, line_up, size in map(self._onlookers.at, range(len(SIZES)))
+            ]
+        return torch.stack(found).mean(dim=0).cpu().numpy()
 
     def moves(self, rows: np.ndarray, seed: int, rate: float) -> Tensor:
         """(B, G*G, C), from where the network says drawings by their English names.
 
         Each drawing's gradient is brought to unit mean square, so that all move as far.
         """
-        with torch.no_grad():
-            said = self._network.fuse_normalised(by_names(self._network, self._pictures, self._tables, rows))
-        real = self._pictures.each(rows, to_model_range)
+        said, real = self._said(rows), self._pictures.each(rows, to_model_range)
         tokens, pace = said, torch.zeros_like(said)
-        for step in range(STEPS):
+        for step in range(self._aim.steps):
             tokens.requires_grad_(True)
             with torch.autocast(device().type, torch.bfloat16, enabled=halves_pay()):
-                loss = self._loss(tokens, real, rows, step, seeded(STEPS * seed + step))
+                drawn = self._drawn(tokens, seeded(self._aim.steps * seed + step))
+                loss = self._loss(drawn, real, rows, *self._onlookers.at(step))
             (slope,) = torch.autograd.grad(loss, tokens)
             slope = slope / slope.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
             pace = MOMENTUM * pace + slope
             tokens = tokens.detach() - rate * pace
         return tokens - said.detach()
 
-    def _loss(self, tokens: Tensor, real: Tensor, rows: np.ndarray, step: int, generator: torch.Generator) -> Tensor:
+    @torch.no_grad()
+    def _said(self, rows: np.ndarray) -> Tensor:
+        return self._network.fuse_normalised(by_names(self._network, self._pictures, self._tables, rows))
+
+    def _drawn(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, 4, H, W), in one step."""
         mean = on_grid(tokens, self._tables.grid_and_channels[0])
         start = mean + START_NOISE * torch.randn(mean.shape, generator=generator, device=mean.device)
         sigma = torch.ones(len(mean), device=mean.device)
         latents = start - velocity_at(self._unet, tokens, mean, start, start, sigma)  # at 1, no target is seen
         latents = (latents / self._tables.scaling_factor).contiguous(memory_format=torch.channels_last)
-        made = self._vae.decode(latents, return_dict=False)[0].float()
-        eye, line_up, size = self._onlookers.at(step)
-        seen = eye.layers(over_colour(made, self._white), size)
+        return self._vae.decode(latents, return_dict=False)[0].float()
+
+    def _loss(
+        self, drawn: Tensor, real: Tensor, rows: np.ndarray, eye: ImageNetEye, line_up: LineUp, size: int
+    ) -> Tensor:
+        seen = eye.layers(over_colour(drawn, self._white), size)
         with torch.no_grad():
             wanted = eye.layers(over_colour(real, self._white), size)
-        told = line_up(eye.gist(seen), rows)
-        return picture_loss(made, real) + LAYERS_WEIGHT * layers_apart(seen, wanted) + TOLD_WEIGHT * told
+        apart = self._aim.picture * picture_loss(drawn, real) + self._aim.layers * layers_apart(seen, wanted)
+        return apart + self._aim.told(line_up, eye.gist(seen), rows)

@@ -56,7 +56,7 @@ ON_CPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
     "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
-    "retouch": Plan(4, 32, learning_rate=0.05),
+    "retouch": Plan(5, 32, learning_rate=0.05),
 }
 ON_GPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
@@ -66,7 +66,7 @@ ON_GPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
-    "retouch": Plan(4, 64, learning_rate=0.05),
+    "retouch": Plan(5, 64, learning_rate=0.05),
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows

@@ -27,7 +27,7 @@ from pipeline.mini.catalogue import STYLES, Concept, HoldOut
 from pipeline.mini.choice_stage import lessons_of, train_choice
 from pipeline.mini.curves import draw_curves, read_curves
 from pipeline.mini.examples import READ, WAYS, Examples
-from pipeline.mini.finish_losses import ImageNetEye, LineUp, Onlookers, layers_apart, mesh_loss, over_colour
+from pipeline.mini.finish_losses import NEAR, ImageNetEye, LineUp, Onlookers, layers_apart, mesh_loss, over_colour
 from pipeline.mini.finish_stage import train_finish
 from pipeline.mini.fusion_stage import configured, new_fusion, on_grid, said_weight, train_fusion
 from pipeline.mini.generator_stage import new_generator, train_generator
@@ -36,7 +36,7 @@ from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.reader_stage import train_reader
 from pipeline.mini.remembering import remember
-from pipeline.mini.retouch_stage import LAYERS_WEIGHT, RETOUCHED, SIZES, TOLD_WEIGHT, retouch, train_retouch
+from pipeline.mini.retouch_stage import NEARER, RETOUCHED, SIZES, TOLD_APART, Aim, retouch, train_retouch
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
@@ -363,33 +363,62 @@ def retouching(pictures: TrainingSet, tables: Tables, tmp_path_factory: pytest.T
     torch.manual_seed(0)
     folder, vae, fusion = tmp_path_factory.mktemp("retouching") / "retouched-1", new_autoencoder(), new_fusion(tables)
     unet = new_generator(*tables.grid_and_channels)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retouch_stage, "STEPS", 1)
-        done = retouch(folder, pictures, tables, fusion, unet, vae, SHORTLY)
-        return Retouching(folder, fusion, unet, vae, *done)
+    done = retouch(folder, pictures, tables, fusion, unet, vae, SHORTLY, replace(NEARER, steps=1))
+    return Retouching(folder, fusion, unet, vae, *done)
 
 
-def test_retouched_drawings_go_where_they_are_told_apart(pictures: TrainingSet, tables: Tables, retouching: Retouching):
-    rows, moves, fusion, vae = retouching.rows, retouching.moves, retouching.fusion, retouching.vae
-    emoji = pictures.emoji
-    finishes = np.isin(emoji.style, [STYLES.index(name) for name in RETOUCHED])
-    assert np.array_equal(rows, np.intersect1d(emoji.training_rows(), np.flatnonzero(finishes)))
-    eye, told, size = Onlookers(emoji, SIZES).at(0)
+def finishes(pictures: TrainingSet) -> np.ndarray:
+    in_one = np.isin(pictures.emoji.style, [STYLES.index(name) for name in RETOUCHED])
+    return np.intersect1d(pictures.emoji.training_rows(), np.flatnonzero(in_one))
+
+
+@torch.no_grad()
+def check_they_went_down(
+    pictures: TrainingSet, tables: Tables, retouching: Retouching, rows: np.ndarray, moves: Tensor, aim: Aim
+) -> None:
+    eye, told, size = Onlookers(pictures.emoji, SIZES).at(0)
     real = pictures.each(rows, to_model_range)
-    wanted = eye.layers(over_background(emoji.pixels[rows]), size)
+    wanted = eye.layers(over_background(pictures.emoji.pixels[rows]), size)
 
     def lost(tokens: Tensor) -> float:
         latents = on_grid(tokens, tables.square.shape[-1])
-        made = vae.decode(latents / tables.scaling_factor, return_dict=False)[0]
+        made = retouching.vae.decode(latents / tables.scaling_factor, return_dict=False)[0]
         seen = eye.layers(over_colour(made, torch.ones(1, 3, 1, 1)), size)
-        apart = LAYERS_WEIGHT * layers_apart(seen, wanted)
-        return float(picture_loss(made, real) + apart + TOLD_WEIGHT * told(eye.gist(seen), rows))
+        apart = aim.picture * picture_loss(made, real) + aim.layers * layers_apart(seen, wanted)
+        return float(apart + aim.told(told, eye.gist(seen), rows))
 
-    with torch.no_grad():
-        said = fusion.fuse_normalised(by_names(fusion, pictures, tables, rows))
-        first, elsewhere, last = (lost(said + some) for some in (torch.zeros(()), moves.roll(1, 0), moves))
+    said = retouching.fusion.fuse_normalised(by_names(retouching.fusion, pictures, tables, rows))
+    first, elsewhere, last = (lost(said + some) for some in (torch.zeros(()), moves.roll(1, 0), moves))
     assert first - last > 2 * abs(first - elsewhere), "where each has gone, not how far"
-    assert moves.square().mean(dim=(1, 2)).sqrt().tolist() == pytest.approx([SHORT] * len(rows), rel=1e-3)
+    far = SHORT * aim.pace
+    assert moves.square().mean(dim=(1, 2)).sqrt().tolist() == pytest.approx([far] * len(rows), rel=1e-3)
+
+
+def test_retouched_drawings_go_where_they_are_told_apart(pictures: TrainingSet, tables: Tables, retouching: Retouching):
+    assert np.array_equal(retouching.rows, finishes(pictures))
+    check_they_went_down(pictures, tables, retouching, retouching.rows, retouching.moves, NEARER)
+
+
+def test_at_last_go_those_that_are_most_taken_for_another_style(
+    pictures: TrainingSet, tables: Tables, retouching: Retouching, tmp_path: Path
+):
+    aim = replace(TOLD_APART, steps=1, further=3)
+    parts = retouching.fusion, retouching.unet, retouching.vae
+    rows, moves = retouch(tmp_path, pictures, tables, *parts, SHORTLY, aim)
+    check_they_went_down(pictures, tables, retouching, rows, moves, aim)
+    further = np.setdiff1d(rows, finishes(pictures))
+    assert len(further) == 3 and len(rows) == 3 + len(finishes(pictures))
+    others = np.setdiff1d(pictures.emoji.training_rows(), finishes(pictures))
+    with torch.no_grad():
+        said = retouching.fusion.fuse_normalised(by_names(retouching.fusion, pictures, tables, others))
+        latents = on_grid(said, tables.square.shape[-1]) / tables.scaling_factor
+        made = retouching.vae.decode(latents, return_dict=False)[0]
+        drawn, onlookers = over_colour(made, torch.ones(1, 3, 1, 1)), Onlookers(pictures.emoji, SIZES)
+        looks = [(eye.gist(eye.layers(drawn, size)), told) for eye, told, size in map(onlookers.at, (0, 1))]
+        behind = torch.stack([told.behind(gists, others) for gists, told in looks]).mean(dim=0).numpy()
+    least = behind[np.isin(others, further)].min()
+    assert least > np.sort(behind)[-4] - 0.01, "all but for the noise that they are drawn from"
+    assert least > np.median(behind)
 
 
 def test_what_was_retouched_is_kept_and_said_by_the_last_layers_alone(
@@ -540,6 +569,23 @@ def test_a_drawing_is_told_from_its_concept_and_from_its_style(pictures: Trainin
         assert ranks.tolist() == [0] * len(rows)
     of_style, of_concept = told.ranks(told.gists_of(rows[::-1].copy()), rows)
     assert bool((of_concept[[0, 3]] > 0).all()) and of_style.shape == (4,)
+
+
+def test_how_far_another_style_is_ahead_is_told(pictures: TrainingSet):
+    told, emoji = LineUp(ImageNetEye(), pictures.emoji), pictures.emoji
+    rows = np.array([row for row in emoji.training_rows() if emoji.concept[row] == 0])
+    alike = told.gists_of(rows) @ told.gists_of(rows).T
+    nearest = alike.masked_fill(torch.eye(len(rows), dtype=torch.bool), -1).amax(dim=1)
+    most = NEAR * np.log(len(rows) - 1)  # by which a smooth maximum may be more than the largest
+    behind = told.behind(told.gists_of(rows), rows)
+    assert bool((behind >= nearest - 1 - 1e-5).all() and (behind <= nearest - 1 + most + 1e-5).all())
+    instead = told.behind(told.gists_of(rows.copy()[[1, 0]]), rows[:2])
+    assert bool((instead >= 1 - alike[0, 1] - 1e-5).all()), "each shows the other's style"
+    gists = told.gists_of(rows).requires_grad_()
+    only = replace(emoji, concept=np.arange(len(emoji.concept)))  # each drawn in one style
+    alone = LineUp(ImageNetEye(), only).behind(gists, rows)
+    alone.sum().backward()
+    assert bool((alone < -1).all()) and gists.grad is not None and bool(gists.grad.isfinite().all())
 
 
 def test_no_number_is_unknown():
