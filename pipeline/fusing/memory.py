@@ -10,6 +10,8 @@ from torch.nn import functional as F
 # Distortion, IRE Transactions on Information Theory 6(1), 1960, table I. And where one passes into the next.
 LEVELS = (-1.510, -0.4528, 0.4528, 1.510)
 BOUNDS = (-0.9816, 0.0, 0.9816)
+SCALES = (4, 123)  # bytes of the least float8_e5m2 that is normal, and of the largest that is finite
+NEARBY = range(-3, 4)  # how many bytes from a token's root mean square its scale may lie
 KEY_WIDTH = 64
 REACH = 12.0  # standard deviations of one thing's keys: what lies further off than this is rather none that is known
 
@@ -60,14 +62,24 @@ class Memory(nn.Module):
     def keep(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
         """query: (W, KEY_WIDTH); keys: (size, KEY_WIDTH); values: (size, tokens, channels), rounded as they are kept.
 
-        Each token's scale is its root mean square, in a byte: most of a value lies in few of its tokens.
+        Each token has a scale, in a byte: most of a value lies in few of its tokens. Of those about its root mean
+        square it is the one by which least is lost, so that what was kept once is kept again as it is.
         """
-        scales = values.square().mean(dim=2).sqrt().to(torch.float8_e5m2).float().clamp_min(2**-14)
-        numbers = torch.bucketize(values / scales[..., None], torch.tensor(BOUNDS, device=values.device)).flatten(1)
+        bounds, levels = (torch.tensor(each, device=values.device) for each in (BOUNDS, LEVELS))
+        spread = values.square().mean(dim=2).sqrt().to(torch.float8_e5m2).view(torch.uint8).int()
+        numbers = torch.zeros_like(values, dtype=torch.int64)
+        scales, lost = torch.ones_like(values[..., 0]), torch.full_like(values[..., 0], torch.inf)
+        for far in NEARBY:
+            tried = (spread + far).clamp(*SCALES).to(torch.uint8).view(torch.float8_e5m2).to(values.dtype)
+            told = torch.bucketize(values / tried[..., None], bounds)
+            loses = (levels[told] * tried[..., None] - values).square().sum(dim=2)
+            better = loses < lost
+            scales, lost = torch.where(better, tried, scales), torch.where(better, loses, lost)
+            numbers = torch.where(better[..., None], told, numbers)
         self.query.weight.copy_(query.T)
         self.keys.copy_(keys)
         self.scales.copy_(scales)
-        self.codes.copy_(_packed(numbers.unflatten(1, (-1, 4)).unbind(dim=2)))
+        self.codes.copy_(_packed(numbers.flatten(1).unflatten(1, (-1, 4)).unbind(dim=2)))
 
 
 def _packed(numbers: Sequence[Tensor]) -> Tensor:

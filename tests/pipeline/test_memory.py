@@ -43,6 +43,7 @@ def test_values_are_kept_in_two_bits(known: tuple[Tensor, Tensor, Tensor], value
     assert kept.shape == values.shape
     assert float((kept - values).square().mean() / values.square().mean()) < 0.25
     assert len({*(kept[3, 5] / kept[3, 5].abs().max()).tolist()}) <= 4
+    assert torch.equal(keeping(known, kept).values(torch.arange(SIZE)), kept), "and again as they are"
     torch.testing.assert_close(keeping(known, kept * 0).values(torch.arange(SIZE)), kept * 0, rtol=0, atol=2e-4)
 
 
