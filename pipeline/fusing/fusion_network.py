@@ -83,6 +83,8 @@ class FusionNetwork(ModelMixin, ConfigMixin):
             meant = torch.where(known[:, None], self.null_image[style * known], image)
         if self.choice is not None:
             number = self.choice(text, image).argmax(dim=1)
+            if self.memory is not None:  # what is remembered was learned together
+                number = number.masked_fill(self.memory.knows(torch.cat([text, meant], dim=-1)), 0)
             offered = torch.cat([meant[:, None], self._in_each_way(len(image))], dim=1)
             meant = offered[torch.arange(len(image)), number]
         return meant

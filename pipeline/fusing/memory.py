@@ -45,11 +45,20 @@ class Memory(nn.Module):
 
     def forward(self, asked: Tensor) -> Tensor:
         """asked: (..., W) -> (..., tokens * channels), what is to be added."""
-        query = F.linear(asked.float(), self.query.weight.float())
-        closeness = -torch.cdist(query.flatten(0, -2), self.keys.float()).square() / 2
-        share, nearest = F.pad(closeness, (0, 1), value=-(REACH**2) / 2).softmax(dim=1)[:, :-1].max(dim=1)
+        share, nearest = self._meant(asked.flatten(0, -2))
         added = share[:, None] * self.values(nearest).flatten(1)
         return added.to(asked.dtype).unflatten(0, asked.shape[:-1])
+
+    def knows(self, asked: Tensor) -> Tensor:
+        """asked: (B, W) -> (B,) bool, whether any one key is likelier to be meant than none."""
+        return self._meant(asked)[0] > 0.5
+
+    def _meant(self, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """asked: (B, W) -> the likeliest key's probability, and which it is, both (B,)."""
+        query = F.linear(asked.float(), self.query.weight.float())
+        closeness = -torch.cdist(query, self.keys.float()).square() / 2
+        share, nearest = F.pad(closeness, (0, 1), value=-(REACH**2) / 2).softmax(dim=1)[:, :-1].max(dim=1)
+        return share, nearest
 
     def values(self, which: Tensor) -> Tensor:
         """(B,) -> (B, tokens, channels)."""

@@ -54,6 +54,7 @@ def test_what_is_meant_is_added_and_nothing_else(known: tuple[Tensor, Tensor, Te
     torch.testing.assert_close(memory(asked), kept)
     torch.testing.assert_close(memory(asked[:6].unflatten(0, (2, 3))), kept[:6].unflatten(0, (2, 3)))
     assert memory(asked + 100).abs().max() == 0, "far from all"
+    assert memory.knows(torch.cat([asked, asked + 100])).tolist() == [True] * SIZE + [False] * SIZE
     unit = torch.randn(1, ASKED)
     unit /= (unit @ query).norm()  # which moves a query by one
     reach = [float(memory(asked[:1] + far * unit).norm() / kept[:1].norm()) for far in (0, 3, REACH, REACH + 3)]
@@ -95,6 +96,26 @@ def test_a_network_remembers_and_forgets(known: tuple[Tensor, Tensor, Tensor], v
     assert torch.equal(read.memory.codes, network.memory.codes)
     read.forget()
     assert read.config["remembers"] == 0 and float((read.fuse_normalised(asked) - before).abs().max()) < 0.05
+
+
+@torch.no_grad()
+def test_what_is_remembered_is_drawn_as_it_is_shown():
+    torch.manual_seed(0)
+    network = FusionNetwork(8, 6, 16, 16, grid=4, channels=CHANNELS, ways=2, chooses=True).eval()
+    assert network.choice is not None
+    network.choice.score.bias.copy_(torch.tensor([-5.0, 0.0, 5.0]))  # all is to be drawn in the second way
+    words, shown = 3 * torch.randn(4, 8), 3 * torch.randn(4, 6)
+    left, right = network.text_norm(words), network.image_norm(shown)
+    as_shown, second = (
+        network.fuse_normalised(torch.cat([left, side], dim=1)) for side in (right, network.null_image[1].expand(4, -1))
+    )
+    torch.testing.assert_close(network(words, shown), second)
+    query = torch.randn(ASKED, KEY_WIDTH)
+    network.remember(query, torch.cat([left, right], dim=1)[:2] @ query, torch.zeros(2, TOKENS, CHANNELS))
+    said = network(words, shown)
+    torch.testing.assert_close(said[:2], as_shown[:2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(said[2:], second[2:], rtol=1e-3, atol=1e-3)
+    assert float((as_shown - second).abs().amax(dim=(1, 2)).min()) > 0.02
 
 
 def test_a_folder_that_asks_for_too_many_is_refused(
