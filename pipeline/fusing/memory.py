@@ -49,9 +49,9 @@ class Memory(nn.Module):
         added = share[:, None] * self.values(nearest).flatten(1)
         return added.to(asked.dtype).unflatten(0, asked.shape[:-1])
 
-    def knows(self, asked: Tensor) -> Tensor:
-        """asked: (B, W) -> (B,) bool, whether any one key is likelier to be meant than none."""
-        return self._meant(asked)[0] > 0.5
+    def knows(self, asked: Tensor, least: float = 0.5) -> Tensor:
+        """asked: (B, W) -> (B,) bool, whether any one key is meant with a probability of more than ``least``."""
+        return self._meant(asked)[0] > least
 
     def _meant(self, asked: Tensor) -> tuple[Tensor, Tensor]:
         """asked: (B, W) -> the likeliest key's probability, and which it is, both (B,)."""

@@ -14,6 +14,8 @@ from .loop import device
 from .tables import Tables, index
 from .training_set import TrainingSet
 
+TOUCHED = 0.01  # the least share of a value that may be added to what it is not meant for
+
 
 @torch.no_grad()
 def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows: np.ndarray, moves: Tensor) -> float:
@@ -33,9 +35,26 @@ def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows
     added = before - english
     at_first = added.square().mean(dim=(1, 2), keepdim=True) < 1e-6
     values = moves + torch.where(at_first, (english - chinese) / 2, added)
-    query, keys = _told_apart(network, pictures, tables, rows)
-    network.remember(query, keys, values)
+    network.remember(*_told_apart(network, pictures, tables, rows), values)
+    beside = _taken_for_them(network, pictures, tables, rows)
+    if len(beside):
+        keys = _told_apart(network, pictures, tables, np.concatenate([rows, beside]))
+        network.remember(*keys, torch.cat([values, values.new_zeros(len(beside), *values.shape[1:])]))
     return float(((said(0) - before) * moves).sum() / moves.square().sum())
+
+
+def _taken_for_them(
+    network: FusionNetwork, pictures: TrainingSet, tables: Tables, remembered: np.ndarray
+) -> np.ndarray:
+    """Other drawings that lie so near to one that is remembered that they need keys of their own to be let be."""
+    assert network.memory is not None
+    others = np.setdiff1d(pictures.emoji.training_rows(), remembered)
+    known = np.zeros(len(others), dtype=bool)
+    for name in range(tables.bare_names.shape[1]):
+        for places in np.array_split(np.arange(len(others)), len(others) // BATCH + 1):
+            asked = by_names(network, pictures, tables, others[places], name)
+            known[places] |= network.memory.knows(asked, TOUCHED).cpu().numpy()
+    return others[known]
 
 
 def _told_apart(

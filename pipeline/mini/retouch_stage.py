@@ -38,7 +38,7 @@ from .training_set import TrainingSet
 logger = logging.getLogger(__name__)
 
 RETOUCHED = ("fluent-color", "fluent-flat", "fluent-3d")  # three finishes, often of one drawing
-FURTHER = 370  # drawings of other styles that the last round moves: half a megabyte remembers so many
+FURTHER = 310  # drawings of other styles that the last round moves: with their neighbours half a megabyte
 SIZES = (224, 192)  # pixels high, about as large as they were taught with
 REMEMBERED = 3  # the last rounds: the layers, which are smooth, say as much of the moves as they can before
 MOMENTUM = 0.5
