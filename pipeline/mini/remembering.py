@@ -33,7 +33,7 @@ def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows
     network.forget()
     english, chinese = said(0), said(1)
     added = before - english
-    at_first = added.square().mean(dim=(1, 2), keepdim=True) < 1e-6
+    at_first = added.square().mean(dim=(1, 2), keepdim=True) < 1e-6  # of unit variance: what far keys leave is no value
     values = moves + torch.where(at_first, (english - chinese) / 2, added)
     network.remember(*_told_apart(network, pictures, tables, rows), values)
     beside = _taken_for_them(network, pictures, tables, rows)
