@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..pipeline.checkpoints import Checkpoint
 from ..pipeline.conditioning import FusedConditioning, PromptEmbeds, Space
-from ..pipeline.stock import decode_host_latents, encode_for_host, prompt_embeds_from, to_host_latents
+from ..pipeline.stock import against, decode_host_latents, encode_for_host, prompt_embeds_from, to_host_latents
 from ..pipeline.text_encoder import encode_prompt
 from .host import ExecutionBlocker, model_cache  # pyright: ignore[reportAttributeAccessIssue]  # the host is no package
 from .images import over_white, to_image
@@ -173,13 +173,11 @@ def from_conditionings(
     checkpoint: Checkpoint, positive: Conditioning, negative: Conditioning | None = None
 ) -> PromptEmbeds:
     """Raises ValueError for a condition that is another model's, or that says more than words for the whole picture."""
-    unwanted = None if negative is None else _one_side(checkpoint, negative, "negative")
-    return _one_side(checkpoint, positive, "positive", unwanted)
+    wanted = _one_side(checkpoint, positive, "positive")
+    return wanted if negative is None else against(wanted, _one_side(checkpoint, negative, "negative"))
 
 
-def _one_side(
-    checkpoint: Checkpoint, conditioning: Conditioning, name: str, negative: PromptEmbeds | None = None
-) -> PromptEmbeds:
+def _one_side(checkpoint: Checkpoint, conditioning: Conditioning, name: str) -> PromptEmbeds:
     if len(conditioning) != 1:
         raise ValueError(
             f"expected one {name} condition for the whole picture, got {len(conditioning)} side by side; "
@@ -197,8 +195,7 @@ def _one_side(
         entries.get("pooled_output"),
         _as_large_as(tokens, entries.get("attention_mask")),
         space=entries[SPACE] if isinstance(entries.get(SPACE), Space) else None,
-        negative=negative,
-        notices=told + (negative.notices if negative is not None else ()),
+        notices=told,
     )
 
 

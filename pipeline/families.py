@@ -209,6 +209,7 @@ FAMILIES: dict[str, Family] = {
         default_steps=20,
         default_guidance=4.5,
         components=_ONE_ENCODER,
+        vae_dtype=torch.float32,  # its VAE is SDXL's
         tasks=Tasks("PixArtSigmaPipeline"),
         encoded=("tokens", "mask"),
         arguments=_MASKED,

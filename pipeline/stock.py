@@ -5,7 +5,8 @@ A host's LATENT is what a VAE decodes. A denoiser sees it scaled: by ``scaling_f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +24,14 @@ from .denoising.latents import (
     in_tiles,
     use_vae,
 )
+from .denoising.nan_guard import NanGuard
 from .files.safetensors_files import read_json
 from .model_cache import ModelCache
 
 # The settings of a denoiser that say how wide its condition is, by the name of its class's argument.
 # The outermost layer first: some project the words to a width of their own before they listen.
 _WIDTHS = ("encoder_hid_dim", "caption_channels", "cap_feat_dim", "joint_attention_dim", "cross_attention_dim")
+MOST_TOKENS = 4  # times those of the longer side of a condition
 
 
 def prompt_embeds_from(
@@ -38,7 +41,6 @@ def prompt_embeds_from(
     mask: Tensor | None = None,
     *,
     space: Space | None = None,
-    negative: PromptEmbeds | None = None,
     notices: tuple[str, ...] = (),
 ) -> PromptEmbeds:
     """A condition that another program made, for ``checkpoint``. tokens: (B, L, D); pooled: (B, P); mask: (B, L).
@@ -65,7 +67,24 @@ def prompt_embeds_from(
     mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     if mask.shape != tokens.shape[:2]:
         raise ValueError(f"expected a mask for {tuple(tokens.shape[:2])} tokens, got one for {tuple(mask.shape)}")
-    return PromptEmbeds(tokens, pooled, mask, space, negative=negative, notices=notices)
+    return PromptEmbeds(tokens, pooled, mask, space, notices=notices)
+
+
+def against(wanted: PromptEmbeds, unwanted: PromptEmbeds) -> PromptEmbeds:
+    """Both sides of guidance, of one length, which most pipelines ask for.
+
+    To cross-attention, tokens that come several times are what they are once. So ComfyUI's samplers repeat them too,
+    as far as that is worth its time; lengths that are further apart stay, as do those of which a part is masked.
+    """
+    lengths = wanted.tokens.shape[1], unwanted.tokens.shape[1]
+    together = math.lcm(*lengths)
+    if min(lengths) and together <= MOST_TOKENS * max(lengths) and wanted.mask.all() and unwanted.mask.all():
+        wanted, unwanted = (_repeated(side, together // side.tokens.shape[1]) for side in (wanted, unwanted))
+    return replace(wanted, negative=unwanted, notices=wanted.notices + unwanted.notices)
+
+
+def _repeated(side: PromptEmbeds, times: int) -> PromptEmbeds:
+    return replace(side, tokens=side.tokens.repeat(1, times, 1), mask=side.mask.repeat(1, times))
 
 
 def condition_width(checkpoint: Checkpoint) -> int | None:
@@ -90,7 +109,9 @@ def image_features_from(tokens: Tensor, pooled: Tensor, encoder: str, layer: str
     """Features that another program's vision transformer made. tokens: (B, N, D); pooled: (B, P).
 
     N is h*w, or one more where a class token comes first, which is left out. Raises ValueError for any other N.
+    pooled may be (B, N, P), as ComfyUI gives it of a SigLIP, which it reads without its pooling head: the mean counts.
     """
+    pooled = pooled.mean(dim=1) if pooled.ndim == 3 and pooled.shape[1] else pooled
     if tokens.ndim != 3 or pooled.ndim != 2 or pooled.shape[0] != tokens.shape[0]:
         raise ValueError(
             f"expected features of shape (B, N, D) and (B, P), got {tuple(tokens.shape)} and {tuple(pooled.shape)}"
@@ -121,9 +142,10 @@ def decode_host_latents(
     """A host's latents -> RGB (B, 3, H, W), not premultiplied, and alpha (B, 1, H, W), both in 0..1 and on the CPU.
 
     tiled: piece by piece, which needs less memory and leaves faint seams; out of memory, it is tried once by itself.
-    Raises ValueError for latents of another shape, FloatingPointError where they give no numbers.
+    Raises ValueError for latents of another shape, FloatingPointError where they give no numbers in float32 either.
     """
-    with use_vae(cache, checkpoint) as vae, torch.inference_mode():
+
+    def decoded(vae: Any) -> tuple[Tensor, ...]:
         channels, sides = channels_of(vae), 5 if _is_of_videos(vae) else 4
         if latents.ndim != sides or latents.shape[1] != channels:
             raise ValueError(
@@ -131,9 +153,9 @@ def decode_host_latents(
                 f"got {tuple(latents.shape)}"
             )
         decoder = in_tiles(vae, max(latents.shape[-2:])) if tiled else vae
-        pixels, alpha, _ = decode_or_tile(decoder, for_denoiser(vae, latents), make_room=cache.residency.make_room)
-    if not torch.isfinite(pixels).all():
-        raise FloatingPointError(f"{checkpoint.folder.name}: decoding gave values that are no numbers")
+        return decode_or_tile(decoder, for_denoiser(vae, latents), make_room=cache.residency.make_room)[:2]
+
+    pixels, alpha = _in_numbers(cache, checkpoint, "decoding", decoded)
     return pixels, alpha
 
 
@@ -141,7 +163,7 @@ def encode_for_host(cache: ModelCache, checkpoint: Checkpoint, pixels: Tensor, *
     """RGB (B, 3, H, W) in 0..1 -> a host's latents, the mode of the VAE's distribution.
 
     Sides are cut to multiples of the VAE's own, equally at both ends. tiled: as in ``decode_host_latents``. Raises
-    ValueError for pictures too small.
+    ValueError for pictures too small, FloatingPointError where they give no numbers in float32 either.
     """
     step = checkpoint.family.downscale
     if pixels.ndim != 4 or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < step:
@@ -149,12 +171,28 @@ def encode_for_host(cache: ModelCache, checkpoint: Checkpoint, pixels: Tensor, *
     height, width = (side // step * step for side in pixels.shape[-2:])
     top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
     pixels = pixels[..., top : top + height, left : left + width]
-    with use_vae(cache, checkpoint) as vae, torch.inference_mode():
-        if vae.config.get("in_channels") == 4:  # the small model's: opaque
-            pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
+
+    def encoded(vae: Any) -> tuple[Tensor, ...]:
+        opaque = vae.config.get("in_channels") == 4  # the small model's
+        seen = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1) if opaque else pixels
         encoder = in_tiles(vae, max(height, width) // step) if tiled else vae
-        latents = encode_pixels(encoder, pixels.unsqueeze(2) if _is_of_videos(vae) else pixels)
-        return for_decoder(vae, latents).float().cpu()
+        latents = encode_pixels(encoder, seen.unsqueeze(2) if _is_of_videos(vae) else seen)
+        return (for_decoder(vae, latents).float().cpu(),)
+
+    (latents,) = _in_numbers(cache, checkpoint, "encoding", encoded)
+    return latents
+
+
+def _in_numbers(
+    cache: ModelCache, checkpoint: Checkpoint, stage: str, work: Callable[[Any], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What ``work`` makes with the VAE, in float32 where half precision overflows."""
+
+    def attempt(whole: bool) -> tuple[tuple[Tensor, ...], str]:
+        with use_vae(cache, checkpoint, torch.float32 if whole else None) as vae, torch.inference_mode():
+            return work(vae), str(vae.dtype).removeprefix("torch.")
+
+    return NanGuard(checkpoint.folder.name).finite(stage, attempt)
 
 
 def _is_of_videos(vae: Any) -> bool:

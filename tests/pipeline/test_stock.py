@@ -1,15 +1,20 @@
 """What comes from a host's own nodes, and what goes to them, for every family at its tiny size."""
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.checkpoints import Checkpoint, open_checkpoint
+from pipeline.conditioning import PromptEmbeds, Space
 from pipeline.fusion import fuse
 from pipeline.generation import generate
 from pipeline.model_cache import ModelCache
 from pipeline.stock import (
+    against,
     condition_width,
     decode_host_latents,
     encode_for_host,
@@ -19,6 +24,7 @@ from pipeline.stock import (
 )
 from pipeline.text_encoder import encode_prompt
 
+from .devices import FakeDevice
 from .family_folders import FAMILY_FOLDERS, save_family
 
 
@@ -126,10 +132,74 @@ def test_features_lie_on_a_square_without_the_class_token(count: int, side: int)
     assert str(features.space) == str(features.space).strip() and features.space.model == "vit"
 
 
+def test_of_a_siglip_without_its_head_the_mean_counts():
+    """ComfyUI gives its tokens for what is pooled too."""
+    tokens = torch.rand(2, 729, 8, generator=torch.Generator().manual_seed(0))
+    features = image_features_from(tokens, tokens, "sigclip", "last_hidden_state")
+    assert features.grid == (27, 27) and torch.equal(features.tokens, tokens)
+    torch.testing.assert_close(features.pooled, tokens.mean(dim=1))
+
+
 @pytest.mark.parametrize("count", [0, 3, 255])
 def test_features_that_make_no_square_are_refused(count: int):
     with pytest.raises(ValueError, match=f"square picture.*got {count}"):
         image_features_from(torch.zeros(1, count, 8), torch.zeros(1, 4), "vit", "last_hidden_state")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_sides_of_two_lengths_are_drawn_with_guidance_as_of_one(cache: ModelCache, tmp_path: Path, name: str):
+    """As CLIP Text Encode gives them of a prompt that needs two windows."""
+    checkpoint = open_checkpoint(save_family(name, tmp_path / name))
+    from_picture: dict[str, Any] = {"image": picture(), "strength": 0.5}
+    source = from_picture if name == "sd15" else {}  # whose words are drawn by a sampler that needs no one length
+
+    def side(prompt: str) -> PromptEmbeds:
+        said = encode_prompt(cache, checkpoint, prompt)
+        return prompt_embeds_from(checkpoint, said.tokens, said.pooled)
+
+    def drawn(words: PromptEmbeds) -> torch.Tensor:
+        frame: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "width": 64, "height": 64}
+        return generate(cache, checkpoint, fuse(cache, checkpoint, words, None), seed=1, **frame, **source).pixels
+
+    long, short = side("rose " * 20), side("blue")
+    assert long.tokens.shape[1] == 2 * short.tokens.shape[1]
+    both = against(long, short)
+    assert both.negative is not None and both.negative.tokens.shape == both.tokens.shape == long.tokens.shape
+    twice = replace(short, tokens=torch.cat([short.tokens] * 2, dim=1), mask=torch.cat([short.mask] * 2, dim=1))
+    assert torch.equal(drawn(both), drawn(replace(long, negative=twice)))
+    alone = drawn(replace(short, negative=short))
+    torch.testing.assert_close(drawn(against(replace(twice, pooled=short.pooled), short)), alone, atol=1e-4, rtol=0)
+
+
+def test_sides_far_apart_or_masked_stay_as_they_are():
+    def side(length: int, counted: int) -> PromptEmbeds:
+        mask = torch.arange(length)[None] < counted
+        return PromptEmbeds(torch.rand(1, length, 8), None, mask, Space("model", "layer", 8))
+
+    for wanted, unwanted in ((side(13, 13), side(7, 7)), (side(8, 6), side(4, 4)), (side(8, 8), side(0, 0))):
+        both = against(wanted, unwanted)
+        assert both.negative is unwanted and both.tokens is wanted.tokens
+
+
+def spoil_half(module: torch.nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+    return output * torch.nan if output.dtype == torch.float16 else output
+
+
+def test_a_lent_vae_that_overflows_in_half_precision_works_once_more(cache: ModelCache, tiny: Checkpoint):
+    there = ModelCache(FakeDevice(), 2**32)
+    for layer in ("encoder", "decoder"):
+        with tiny.use(there, "vae") as vae:
+            assert vae.dtype == torch.float16
+            getattr(vae, layer).conv_in.register_forward_hook(spoil_half)
+    latents = encode_for_host(there, tiny, picture())
+    torch.testing.assert_close(latents, encode_for_host(cache, tiny, picture()))
+    pixels, _ = decode_host_latents(there, tiny, latents)
+    torch.testing.assert_close(pixels, decode_host_latents(cache, tiny, latents)[0])
+    with pytest.raises(FloatingPointError, match="tiny: decoding gave values that are no numbers, in float16 and once"):
+        decode_host_latents(there, tiny, latents * torch.nan)
+    with pytest.raises(FloatingPointError, match="tiny: encoding gave values that are no numbers, in float16 and once"):
+        encode_for_host(there, tiny, picture() * torch.nan)
+    assert not any(entry.pins for entry in there.stats().entries)
 
 
 @pytest.fixture(scope="module")
