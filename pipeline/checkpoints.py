@@ -84,7 +84,7 @@ class Checkpoint:
         known = self._keys.get((component, dtype))
         if known is not None and known[0] == lies:
             return known[1]
-        key = key_of(part.weights, component, dtype, self.digests.of(part))
+        key = replace(key_of(part.weights, component, dtype, self.digests.of(part)), class_name=part.class_name)
         if lies is not None:
             self._keys[component, dtype] = lies, key
         return key

@@ -29,7 +29,7 @@ class ModelKey:
 
     path: resolved, so that two names of one file agree; size: bytes on disk; mtime_ns: of its newest file. content: a
     digest of the weights and the configuration, by which the same model under two paths is one; empty where only the
-    file is known.
+    file is known. class_name: what the weights are read as; one file may serve two families in two ways.
     """
 
     path: Path
@@ -38,6 +38,7 @@ class ModelKey:
     component: str
     dtype: torch.dtype
     content: str = ""
+    class_name: str = ""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelKey) and self._identity() == other._identity()
@@ -51,8 +52,8 @@ class ModelKey:
         return self.path, self.size, self.mtime_ns, self.component, self.dtype
 
     def replaces(self, other: "ModelKey") -> bool:
-        """Whether ``other`` names the same file as it was before it was replaced."""
-        if (self.path, self.component) != (other.path, other.component):
+        """Whether ``other`` names the same file, read alike, as it was before it was replaced."""
+        if (self.path, self.component, self.class_name) != (other.path, other.component, other.class_name):
             return False
         if self.content and other.content:
             return self.content != other.content

@@ -61,6 +61,24 @@ def test_a_text_encoder_is_that_of_a_checkpoint(tmp_path: Path, cache: ModelCach
     assert found.space.model.startswith("clip-l@") and cache.stats().misses == 1
 
 
+def test_an_encoder_that_two_families_read_in_two_ways_is_no_replaced_file(tmp_path: Path, cache: ModelCache):
+    """As SD 1.5 and SD 3 do clip_l, and FLUX.2 and Z-Image Qwen3."""
+    folder = save_family("sd15", tmp_path / "sd15")
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    weights = other / "text_encoder/model.safetensors"
+    weights.unlink()
+    weights.symlink_to(folder / "text_encoder/model.safetensors")
+    index = other / "model_index.json"
+    index.write_text(index.read_text().replace('"CLIPTextModel"', '"CLIPTextModelWithProjection"'))
+    checkpoints = open_checkpoint(folder), open_checkpoint(other)
+    keys = [checkpoint.key("text_encoder") for checkpoint in checkpoints]
+    assert keys[0] != keys[1] and keys[0].path == keys[1].path
+    for key in (*keys, *keys):
+        with cache.use(key, lambda: torch.nn.Linear(2, 2)):
+            pass
+    assert (cache.stats().misses, cache.stats().hits, cache.stats().evictions) == (2, 2, 0)
+
+
 def test_two_folders_of_a_language_model_are_one_and_its_end_is_part_of_it(tmp_path: Path, cache: ModelCache):
     first = save_llama(tmp_path / "one")
     second = Path(shutil.copytree(first, tmp_path / "two"))
