@@ -75,11 +75,14 @@ def draw_variants(
     Each is the picture that ``generate`` gives for that seed alone; what a batch changes is the order of additions,
     which some kernels choose by its size. settings: as ``generate`` takes them. on_step counts over the whole.
     The report adds up over the chunks; its psnr and ssim are those of the worst. Raises ValueError for no seeds, for
-    more than MOST_PICTURES or MOST_PIXELS, and as ``generate`` does.
+    more than MOST_PICTURES or MOST_PIXELS, for pictures to start from other than one, and as ``generate`` does.
     """
-    entries = conditioning.tokens.shape[0]
-    if entries != 1:
-        raise ValueError(f"expected one condition, got a batch of {entries}: let Generate draw it")
+    given = {"condition": conditioning.tokens}
+    if settings.get("image") is not None:
+        given["picture to start from"] = settings["image"]
+    for name, entries in given.items():
+        if (count := entries.shape[0]) != 1:
+            raise ValueError(f"expected one {name}, got a batch of {count}: let Generate draw it")
     return _draw(cache, checkpoint, [(conditioning, seed) for seed in seeds], at_once, on_step, settings)
 
 

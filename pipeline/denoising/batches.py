@@ -28,7 +28,7 @@ def source_for(
             f"expected words or a fused condition for {family.name}, which draws from no picture; got one. Let Image "
             "features and Fuse read it"
         )
-    if image.ndim != 4 or image.shape[1] != 3:
+    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
         raise ValueError(f"expected a picture of shape (B, 3, H, W), got {tuple(image.shape)}")
     if not torch.isfinite(image).all() or (mask is not None and not torch.isfinite(mask).all()):
         raise ValueError("expected a picture and a mask of numbers, found NaN or infinity")

@@ -482,6 +482,7 @@ def test_latents_that_are_no_numbers_make_no_picture(cache: ModelCache, tmp_path
     [
         ({"strength": 1.5}, "denoise must be 0 to 1, got 1.5"),
         ({"mask": right_half()}, "expected a picture for the mask, got a mask alone"),
+        ({"image": torch.rand(0, 3, 64, 96)}, r"expected a picture of shape \(B, 3, H, W\), got \(0, 3, 64, 96\)"),
         ({"image": torch.rand(3, 64, 96)}, r"expected a picture of shape \(B, 3, H, W\), got \(3, 64, 96\)"),
         ({"image": picture() * torch.nan}, "found NaN or infinity"),
         ({"image": picture(), "mask": torch.ones(3, 64, 96)}, r"a mask of shape \(1 or 1, H, W\), got \(3, 64, 96\)"),

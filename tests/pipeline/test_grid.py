@@ -200,6 +200,15 @@ def test_a_batch_of_conditions_is_refused(warm: ModelCache, shipped: Checkpoint)
         draw_variants(warm, shipped, fuse(warm, shipped, None, features), [1], **SMALL)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_batch_of_pictures_to_start_from_is_refused(warm: ModelCache, stable_diffusion: Checkpoint, count: int):
+    """As many as are drawn at once would each get one, whichever seed that is."""
+    condition = fuse(warm, stable_diffusion, encode_prompt(warm, stable_diffusion, "a rose"), None)
+    settings: dict[str, Any] = {**SMALL, "image": torch.rand(count, 3, 64, 64), "strength": 0.5}
+    with pytest.raises(ValueError, match=f"expected one picture to start from, got a batch of {count}"):
+        draw_variants(warm, stable_diffusion, condition, [1, 2, 3, 4], at_once=2, **settings)
+
+
 def test_lines_and_numbers_are_read():
     assert read_prompts(" a rose \n\n\t\n\u73ab\u7470\r\nb") == ["a rose", "\u73ab\u7470", "b"]
     assert read_strengths("0, 0.5;1\n.25 0.5") == [0.0, 0.5, 1.0, 0.25]
