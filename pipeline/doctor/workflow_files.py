@@ -49,12 +49,15 @@ _KNOWN: dict[str, tuple[tuple[int, str, str], ...]] = {
     "unCLIPCheckpointLoader": _CHECKPOINT,
     "DuetDirectPrompt": ((0, "language_model", "LLM"),),
     "DuetFuse": ((2, "projection", "style_models"),),
+    "DuetIPAdapter": ((0, "ip_adapter", "ipadapter"), (1, "image_encoder", "clip_vision")),
     "DuetImageFeatures": ((0, "encoder", "clip_vision"),),
     "DuetLoadEmbeddings": ((0, "file", "input"),),
+    "DuetLoadLora": ((0, "lora", "loras"),),
     "DuetLoadModel": (
         *((0, "model", "diffusers"), (1, "text_encoder", "text_encoders"), (2, "text_encoder_2", "text_encoders")),
         *((3, "text_encoder_3", "text_encoders"), (4, "vae", "vae")),
     ),
+    "DuetSpeedPlan": ((9, "decoder", "vae_approx"), (10, "preview", "vae_approx")),
     "DuetTextEncoder": ((0, "text_encoder", "text_encoders"),),
 }
 # Of every other node, since packs name their inputs as the host does.
@@ -68,11 +71,19 @@ _BY_INPUT = {name: folder for inputs in _KNOWN.values() for _, name, folder in i
 # Choices that name no file: VAELoader builds these from models/vae_approx or from nothing.
 _NO_FILE = {"taesd", "taesdxl", "taesd3", "taef1", "pixel_space", "none", "[none]", "default", "auto", "baked vae"}
 # Those of Duet's own blocks.
-_NO_FILE |= {"duet-mini (built in)", "automatic", "model", "efficientnet-lite0", "none (the brief as it is)"}
+_NO_FILE |= {
+    "duet-mini (built in)",
+    "automatic",
+    "model",
+    "efficientnet-lite0",
+    "none (the brief as it is)",
+    "the model's own",
+}
 # Blocks whose choices begin with the folder that they lie in, where that is one of these.
 _IN_FOLDER = {
     "DuetLoadModel": ("checkpoints/", "diffusion_models/"),
     "DuetDirectPrompt": ("LLM/", "text_encoders/"),
+    "DuetSpeedPlan": ("vae_approx/", "vae/"),
 }
 
 
@@ -149,7 +160,8 @@ def wanted_files(nodes: list[WorkflowNode]) -> list[WantedFile]:
             if folder == ANY_FOLDER and not name.lower().endswith(MODEL_SUFFIXES):
                 continue
             writes = node.type == "DuetDirectPrompt"
-            if name.startswith(_IN_FOLDER.get(node.type, ())) and (writes or name.endswith(".safetensors")):
+            is_file = node.type != "DuetLoadModel" or name.endswith(".safetensors")  # or a folder of that very name
+            if name.startswith(_IN_FOLDER.get(node.type, ())) and is_file:
                 folder, _, name = name.partition("/")
             found[WantedFile(str(node), folder, name, writes)] = None
         named = {wanted.name for wanted in found}

@@ -94,11 +94,28 @@ def test_duets_own_blocks_name_files_too():
     load = {"model": "checkpoints/a/flux.safetensors", "text_encoder": "t5.safetensors", "vae": "automatic"}
     inputs = {"DuetLoadModel": load, "DuetImageFeatures": {"encoder": "dino"}, "DuetFuse": {"projection": "none"}}
     inputs |= {"DuetLoadEmbeddings": {"file": "embeddings/rose.safetensors [output]"}}
+    inputs |= {"DuetIPAdapter": {"ip_adapter": "ip.safetensors", "image_encoder": "vit-h"}}
+    inputs |= {"DuetLoadLora": {"lora": "lcm.safetensors"}}
+    inputs |= {"DuetSpeedPlan": {"decoder": "vae_approx/taesd.safetensors", "preview": "the model's own"}}
     workflow = {name: {"class_type": name, "inputs": values} for name, values in inputs.items()}
     assert wanted(workflow) == {
         ("checkpoints", "a/flux.safetensors"), ("text_encoders", "t5.safetensors"), ("clip_vision", "dino"),
-        ("input", "embeddings/rose.safetensors [output]"),
+        ("input", "embeddings/rose.safetensors [output]"), ("ipadapter", "ip.safetensors"), ("clip_vision", "vit-h"),
+        ("loras", "lcm.safetensors"), ("vae_approx", "taesd.safetensors"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["taesd.safetensors", "taesd"])
+@pytest.mark.parametrize("kind", ["vae_approx", "vae"])
+def test_a_decoder_of_a_speed_plan_is_found_where_its_name_says(models: Path, kind: str, name: str):
+    (models / kind).mkdir(exist_ok=True)
+    (missing,) = examine(models, ("DuetSpeedPlan", "decoder", f"{kind}/{name}"))
+    assert (missing.status, missing.places) == ("missing", (str(models / kind / name),))
+    if name.endswith(".safetensors"):
+        save_file({"a": torch.zeros(4)}, models / kind / name)
+    else:
+        (models / kind / name).mkdir()
+    assert [each.status for each in examine(models, ("DuetSpeedPlan", "preview", f"{kind}/{name}"))] == ["found"]
 
 
 def test_nodes_in_subgraphs_count_too():
