@@ -193,7 +193,8 @@ def show_picture(
     """The checkpoint, listening to the pictures besides the words. pixels: (B, 3 or 4, H, W) in 0..1, all at once.
 
     mask: (B or 1, H, W), 1 where the picture counts; the encoder sees white elsewhere. encoder: None is the
-    checkpoint's own. scale: 0 to 3. Raises ValueError for an encoder of another width than the adapter hears.
+    checkpoint's own. scale: 0 to 3. Raises ValueError for an encoder of another width than the adapter hears,
+    FloatingPointError where the encoder gives no numbers in float32 either.
     """
     if not 0 <= scale <= MOST_SCALE:
         raise ValueError(f"scale must be 0 (without the picture) to {MOST_SCALE:g}, got {scale}")
@@ -207,19 +208,29 @@ def show_picture(
     prepared = prepare_image(pixels, mask, size=encoder.size, fit="pad")
     seen = prepared.pixels * prepared.mask[:, None] + 1 - prepared.mask[:, None]
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (encoder.mean, encoder.std))
-    with encoder.use(cache) as network, torch.inference_mode():
-        values = ((seen - mean.to(seen)) / std.to(seen)).to(next(network.parameters()))
-        if file.hears_tokens:
+    values = (seen - mean.to(seen)) / std.to(seen)
+    for dtype in (None, torch.float32):  # some overflow in half precision
+        embeds, negative = _looked(cache, encoder, values, file.hears_tokens, dtype)
+        if embeds.isfinite().all() and negative.isfinite().all():
+            return checkpoint.with_adapter(IPAdapter(file, scale, embeds[None], negative[None]))
+    raise FloatingPointError(f"{encoder.identity}: the image encoder gave values that are no numbers")
+
+
+def _looked(
+    cache: ModelCache, encoder: ImageEncoder, values: Tensor, tokens: bool, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """What the adapter hears of the pictures and of none. dtype: None is the encoder's own."""
+    with encoder.use(cache, dtype) as network, torch.inference_mode():
+        values = values.to(next(network.parameters()))
+        if tokens:
             # What it hears of no picture is the middle of all values, as it was trained.
             output = network(torch.cat([values, torch.zeros_like(values[:1])]), output_hidden_states=True)
             states = output.hidden_states[-2].cpu()
-            embeds, negative = states[:-1], states[-1:].expand_as(states[:-1])
-        else:
-            output = network(values)
-            found = getattr(output, "image_embeds", None)
-            embeds = (output.pooler_output if found is None else found).cpu()
-            negative = torch.zeros_like(embeds)
-    return checkpoint.with_adapter(IPAdapter(file, scale, embeds[None], negative[None]))
+            return states[:-1], states[-1:].expand_as(states[:-1])
+        output = network(values)
+        found = getattr(output, "image_embeds", None)
+        embeds = (output.pooler_output if found is None else found).cpu()
+        return embeds, torch.zeros_like(embeds)
 
 
 def _parts(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,6 +20,7 @@ from pipeline.model_cache import ModelCache
 from pipeline.text_encoder import encode_prompt
 from pipeline.vision.image_encoders import open_image_encoder
 from tests.pipeline.adapter_files import random_factors, save_peft
+from tests.pipeline.devices import FakeDevice
 from tests.pipeline.family_folders import FAMILY_FOLDERS, save_family
 from tests.pipeline.folders import edit_index
 from tests.pipeline.ip_adapter_files import HIDDEN, PROJECTED, adapter_tensors, save_adapter, save_encoder, split
@@ -249,6 +250,30 @@ def test_the_models_own_encoder_looks(warm: ModelCache, family: Callable[[str], 
 
 
 # --- what does not fit ---
+
+
+def test_an_encoder_that_overflows_in_half_precision_looks_once_more(
+    warm: ModelCache, family: Callable[[str], Checkpoint], eye: Any, tmp_path: Path
+):
+    checkpoint, cache = family("sd15"), ModelCache(FakeDevice(), 2**32)
+    file = open_ip_adapter(checkpoint, save_adapter(tmp_path / "ip.safetensors", tensors_for(checkpoint)))
+
+    def spoil(dtype: torch.dtype | None) -> None:
+        with eye.use(cache, dtype) as network:
+            network.vision_model.post_layernorm.register_forward_hook(lambda module, given, output: output * torch.nan)
+
+    def heard(there: ModelCache) -> torch.Tensor:
+        (adapter,) = show_picture(there, checkpoint, file, eye, picture()).adapters
+        assert isinstance(adapter, IPAdapter)
+        return adapter.image_embeds
+
+    assert heard(cache).dtype == torch.float16
+    spoil(None)
+    torch.testing.assert_close(heard(cache), heard(warm))
+    spoil(torch.float32)
+    with pytest.raises(FloatingPointError, match=r"clip.*: the image encoder gave values that are no numbers"):
+        heard(cache)
+    assert not any(entry.pins for entry in cache.stats().entries)
 
 
 def test_a_wrong_image_encoder_is_refused_by_both_widths(
