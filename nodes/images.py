@@ -28,6 +28,8 @@ def to_pixels(
         raise ValueError(f"expected an IMAGE of shape (B, H, W, 1, 3 or 4); got {tuple(image.shape)}")
     pixels = image.movedim(-1, 1).float()
     opacity = _to_opacity(mask)
+    if opacity is not None:  # Load Image gives masks on the CPU, whatever device the host keeps its pictures on
+        opacity = opacity.to(pixels.device)
     if pixels.shape[1] == 4:
         pixels, alpha = pixels[:, :3], pixels[:, 3]
         return pixels, alpha if opacity is None else torch.minimum(alpha, _as_large_as(pixels, opacity))

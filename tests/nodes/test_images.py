@@ -77,6 +77,14 @@ def test_an_rgba_picture_is_straight_already(images):
     assert torch.equal(images.to_pixels(image, lies_over_white=True)[0], image[..., :3].movedim(-1, 1))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_mask_goes_where_the_picture_is(images, channels: int):
+    """A host that keeps pictures on a GPU has Load Image's masks on the CPU still."""
+    image = picture(channels=channels).to("meta")
+    _, opacity = images.to_pixels(image, torch.ones(1, 5, 7))
+    assert opacity.device == image.device
+
+
 @pytest.mark.parametrize(
     ("image", "mask", "named"),
     [
