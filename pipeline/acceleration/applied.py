@@ -13,7 +13,7 @@ from ..private_views import private_view
 from ..residency import place_of
 from ..speed_plan import SpeedPlan
 from .compiling import compile_view
-from .cpu_convolutions import fitted_to_cpu
+from .cpu_convolutions import SUMMED, fitted_to_cpu
 from .decoders import TinyDecoder, open_tiny_decoder
 from .memory_formats import use_channels_last
 from .precision import decoder_precision, precision
@@ -182,4 +182,5 @@ def _emptied(view: Any) -> None:
     for module in list(view.modules()):
         module._parameters.clear()
         module._buffers.clear()
+        vars(module).pop(SUMMED, None)
         module._compiled_call_impl = None

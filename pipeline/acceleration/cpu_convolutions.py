@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SUMMED = "_quarters"  # the attribute of a layer where it keeps the weights that it added up
 _MOST_PIXELS = 128  # of a batch's output planes together, up to which gathering them is cheaper
 _FEWEST_WEIGHTS = 2**22  # 16 MB: those below fit a processor's cache, and laying them out costs little
 _FEWEST_DOUBLED = 2**19  # weights of a doubling's convolution, below which there is nothing to gain
@@ -106,9 +107,9 @@ def _doubling(kind: Any) -> Any:
             # Another size, or a LoRA that has to hear the convolution.
             if small or output_size is not None or hooked:
                 return super().forward(hidden_states, output_size, *others, **options)
-            if "_quarters" not in self.__dict__:
-                self.__dict__["_quarters"] = quarters(self.conv.weight)
-            return doubled_convolution(hidden_states, self.__dict__["_quarters"], self.conv.bias)
+            if SUMMED not in self.__dict__:
+                self.__dict__[SUMMED] = quarters(self.conv.weight)
+            return doubled_convolution(hidden_states, self.__dict__[SUMMED], self.conv.bias)
 
     return DoublingUpsample2D
 

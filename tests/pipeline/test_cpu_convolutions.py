@@ -10,7 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from pipeline.acceleration import cpu_convolutions
-from pipeline.acceleration.cpu_convolutions import doubled_convolution, fitted_to_cpu, quarters
+from pipeline.acceleration.cpu_convolutions import SUMMED, doubled_convolution, fitted_to_cpu, quarters
 
 OPTIONS: list[dict[str, Any]] = [
     {"stride": 2, "padding": 1},
@@ -62,8 +62,8 @@ def test_a_unet_says_the_same(small_limits: None, batch: int, side: int):
     with torch.inference_mode():
         for _ in range(2):  # the second time with weights that were added up before
             assert_alike(view(*told).sample, plain(*told).sample)
-    assert any("_quarters" in vars(part) for part in view.modules())
-    assert not any("_quarters" in vars(part) for part in plain.modules())
+    assert any(SUMMED in vars(part) for part in view.modules())
+    assert not any(SUMMED in vars(part) for part in plain.modules())
     assert {id(each) for each in view.parameters()} == {id(each) for each in plain.parameters()}
 
 
