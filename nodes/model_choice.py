@@ -16,6 +16,7 @@ BUILT_IN = "duet-mini (built in)"
 AUTOMATIC = "automatic"
 _SINGLE = ("checkpoints", "diffusion_models")  # the host's folders of models in one file
 _ENDING = ".safetensors"
+_READ = (".jinja", ".json", ".model", ".txt", _ENDING)  # of a folder: weights, configurations, words
 
 
 def model_choices() -> list[str]:
@@ -64,7 +65,7 @@ def _files_below(folder: Path, entries: Entries) -> list[Path]:
     while waiting:
         inside = entries(waiting.pop())
         waiting += [entry.path for entry in inside if entry.is_dir(follow_symlinks=False)]
-        found += [Path(entry.path) for entry in inside if entry.name.endswith((".json", _ENDING))]
+        found += [Path(entry.path) for entry in inside if entry.name.endswith(_READ)]
     return sorted(found)
 
 

@@ -112,6 +112,18 @@ def copied_model(host: ComfyServer) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("name", ["merges.txt", "spiece.model", "chat_template.jinja", "tokenizer.json"])
+def test_words_replaced_on_disk_are_noticed(client: Client, copied_model: Path, name: str):
+    """What tokenizers read; the same prompt would be other tokens."""
+    file = copied_model / "tokenizer" / name
+    text = file.read_text("utf-8") if file.exists() else ""
+    file.write_text(text, "utf-8")
+    prompt = graph(load__model="copied")
+    assert client.run(prompt).succeeded and "load" in client.run(prompt).cached
+    file.write_text(text + " ", "utf-8")
+    assert "load" not in client.run(prompt).cached
+
+
 def test_a_model_replaced_on_disk_is_noticed(client: Client, copied_model: Path):
     prompt = graph(load__model="copied")
     first = pixels_of(client, client.run(prompt))
