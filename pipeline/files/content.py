@@ -171,6 +171,8 @@ class Digests:
                 os.replace(beside, self._path)
             except OSError as error:  # a full or read-only disk: it is only read again next time
                 log.warning("could not remember the digest of weights in %s: %s", self._path, error)
+                with contextlib.suppress(OSError):
+                    beside.unlink()
 
 
 def small_files(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The same weights are held once, whatever folder or file they came from; other weights never pass for them."""
 
+import errno
 import json
 import os
 import shutil
@@ -154,6 +155,16 @@ def test_a_disk_that_cannot_be_written_costs_only_the_memory(mini: Path, tmp_pat
     (tmp_path / "cache").write_text("a file where a folder is wanted")
     digests = Digests(tmp_path / "cache")
     assert open_checkpoint(mini, digests=digests).key("unet") == open_checkpoint(mini).key("unet")
+
+
+def test_a_full_disk_leaves_no_part_behind(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.files.content.os.replace", full)
+    key = open_checkpoint(mini, digests=Digests(tmp_path / "cache")).key("unet")
+    monkeypatch.undo()
+    assert key == open_checkpoint(mini).key("unet") and list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_file_that_went_is_named(mini: Path):
