@@ -50,8 +50,11 @@ class DuetSaveEmbeddings(io.ComfyNode):
     @classmethod
     def execute(cls, embeddings: Embeddings, filename_prefix: str):
         with stage("Save embeddings", "save") as done:
-            path = _next_path(filename_prefix)
-            write_embeddings(path, embeddings)
+            try:
+                path = _next_path(filename_prefix)
+                write_embeddings(path, embeddings)
+            except OSError as error:
+                raise type(error)(error.errno, f"Save embeddings: {error.strerror or error}") from error
         file = f"{path.relative_to(picture_folder('output')).as_posix()} [output]"
         return io.NodeOutput(file, ui={"text": [file], **done.ui()})
 

@@ -71,6 +71,16 @@ def test_nothing_is_saved_outside_the_output_folder(client: Client, prefix: str)
     assert "Save embeddings: expected filename_prefix to be a plain name" in run.error["exception_message"]
 
 
+def test_what_the_disk_refuses_names_the_node(host: ComfyServer, client: Client):
+    (host.output / "a-file").write_bytes(b"")
+    long = "\u4e00" * 100  # 300 bytes of UTF-8, where a name may have 255
+    for prefix in ("a-file/x", long):
+        run = client.run(
+            with_node(graph(), "keep", "DuetSaveEmbeddings", embeddings=["text", 0], filename_prefix=prefix)
+        )
+        assert run.ended == "execution_error" and "Save embeddings: " in run.error["exception_message"]
+
+
 def test_a_link_out_of_the_folders_is_refused(host: ComfyServer, client: Client, tmp_path: Path):
     (host.output / "away").symlink_to(tmp_path)
     run = client.run(with_node(graph(), "keep", "DuetSaveEmbeddings", embeddings=["text", 0], filename_prefix="away/x"))
