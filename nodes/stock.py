@@ -136,6 +136,8 @@ class DuetEmbedTextByClip(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompt: str, negative_prompt: str = ""):
         with stage("Embed text by CLIP", "text") as done:
+            if clip is None:  # as Load Checkpoint hands it on
+                raise ValueError("expected a CLIP, got none: the checkpoint holds no text encoder")
             positive, negative = (
                 clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, negative_prompt)
             )

@@ -360,6 +360,16 @@ def check_nodes_describe_themselves_once_and_anew_for_a_new_file():
     }  # fmt: skip
 
 
+def check_a_checkpoint_without_a_text_encoder_is_told():
+    block = importlib.import_module(f"{PACK}.nodes.stock").DuetEmbedTextByClip
+    try:
+        block.execute(None, None, "rose")
+    except ValueError as error:
+        assert str(error).startswith("Embed text by CLIP: expected a CLIP, got none"), error
+    else:
+        raise AssertionError("nothing was said")
+
+
 def check_a_preview_that_fails_ends_no_run():
     generation = importlib.import_module(f"{PACK}.nodes.generation")
     model: Any = types.SimpleNamespace(family=types.SimpleNamespace(tasks=None))
