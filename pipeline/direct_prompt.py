@@ -141,7 +141,7 @@ def _answered(
                 module,
                 tokenizer,
                 _question(tokenizer, task),
-                seed=seed + attempt,
+                seed=(seed + attempt) % 2**64,  # after the largest comes 0
                 temperature=temperature,
                 room=task.max_new_tokens,
                 on_text=lambda tokens, text, before=written: on_text(before + tokens, text),

@@ -145,6 +145,11 @@ def test_an_answer_that_forgets_the_brief_is_asked_for_again(writers: ModelCache
     assert "could not be used (free: " in answer.notices[0]
 
 
+def test_the_largest_seed_too_is_asked_again(writers: ModelCache, random_llama: LanguageModel):
+    answer = direct_prompt(writers, random_llama, "zebra", seed=2**64 - 1, temperature=1.0, max_new_tokens=16)
+    assert answer.way == "guided" and "could not be used (free: " in answer.notices[0]
+
+
 def test_a_guided_answer_goes_on_in_one_line(tmp_path: Path, writers: ModelCache):
     model = open_language_model(save_llama(tmp_path / "x", says="x"))
     answer = direct_prompt(writers, model, "a fox", guided=True, temperature=0, max_new_tokens=16)
