@@ -14,7 +14,7 @@ other styles too, those that are most taken for another's.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -89,15 +89,21 @@ def train_retouch(
     """
     nn.Module.to(network, device()).eval().requires_grad_(False)
     network.forget()
+    looking = who_looks(pictures)
     for number in range(1, plan.steps + 1):
         aim = TOLD_APART if number == plan.steps else NEARER
-        rows, moves = retouch(work / f"retouched-{number}", pictures, tables, network, unet, vae, plan, aim)
+        rows, moves = retouch(work / f"retouched-{number}", pictures, tables, network, unet, vae, plan, aim, looking)
         if number <= plan.steps - REMEMBERED:
             share = move_answers(network, pictures, tables, rows, moves)
         else:
             share = remember(network, pictures, tables, rows, moves)
         logger.info("retouch %d/%d: moves of %.4f, made %.2f", number, plan.steps, moves.square().mean(), share)
     return network
+
+
+def who_looks(pictures: TrainingSet) -> Callable[[], Onlookers]:
+    """Those of all rounds. To see every drawing once takes them minutes, so not before something is not kept yet."""
+    return cache(lambda: Onlookers(pictures.emoji, SIZES))
 
 
 def retouch(
@@ -109,13 +115,14 @@ def retouch(
     vae: AutoencoderDC,
     plan: Plan,
     aim: Aim,
+    looking: Callable[[], Onlookers],
 ) -> tuple[np.ndarray, Tensor]:
     """The drawings in RETOUCHED styles and ``aim.further`` others (K,), and by how much their tokens move (K, G*G, C).
 
     Which they are, and each batch, is kept in ``folder``, where a kill leaves it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    hand, chosen = _Retoucher(pictures, tables, network, unet, vae, aim), folder / "rows.pt"
+    hand, chosen = _Retoucher(pictures, tables, network, unet, vae, aim, looking), folder / "rows.pt"
     if not chosen.exists():
         _keep(chosen, torch.from_numpy(hand.rows(plan.batch)))
     rows = torch.load(chosen, weights_only=True).numpy()
@@ -141,18 +148,14 @@ class _Retoucher:
         unet: UNet2DConditionModel,
         vae: AutoencoderDC,
         aim: Aim,
+        looking: Callable[[], Onlookers],
     ) -> None:
-        self._pictures, self._tables, self._aim = pictures, tables, aim
+        self._pictures, self._tables, self._aim, self._looking = pictures, tables, aim, looking
         self._network, self._unet, self._vae = network, unet, vae
         for part in (network, unet, vae):
             nn.Module.to(part, device())
             part.eval().requires_grad_(False)
         self._white = torch.ones(1, 3, 1, 1, device=device())
-
-    @cached_property
-    def _onlookers(self) -> Onlookers:
-        """Not asked where all that they would say is kept: to see every drawing takes them minutes."""
-        return Onlookers(self._pictures.emoji, SIZES)
 
     def rows(self, batch: int) -> np.ndarray:
         """In rising order: of the finishes all, and of what else is learned what is most taken for another style's."""
@@ -173,7 +176,7 @@ class _Retoucher:
             drawn = self._drawn(self._said(rows), seeded(seed))
             found = [
                 line_up.behind(eye.gist(eye.layers(over_colour(drawn, self._white), size)), rows)
-                for eye, line_up, size in map(self._onlookers.at, range(len(SIZES)))
+                for eye, line_up, size in map(self._looking().at, range(len(SIZES)))
             ]
         return torch.stack(found).mean(dim=0).cpu().numpy()
 
@@ -188,7 +191,7 @@ class _Retoucher:
             tokens.requires_grad_(True)
             with torch.autocast(device().type, torch.bfloat16, enabled=halves_pay()):
                 drawn = self._drawn(tokens, seeded(self._aim.steps * seed + step))
-                loss = self._loss(drawn, real, rows, *self._onlookers.at(step))
+                loss = self._loss(drawn, real, rows, *self._looking().at(step))
             (slope,) = torch.autograd.grad(loss, tokens)
             slope = slope / slope.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
             pace = MOMENTUM * pace + slope

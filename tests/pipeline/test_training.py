@@ -36,7 +36,7 @@ from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.reader_stage import train_reader
 from pipeline.mini.remembering import remember
-from pipeline.mini.retouch_stage import NEARER, RETOUCHED, SIZES, TOLD_APART, Aim, retouch, train_retouch
+from pipeline.mini.retouch_stage import NEARER, RETOUCHED, SIZES, TOLD_APART, Aim, retouch, train_retouch, who_looks
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
@@ -363,7 +363,7 @@ def retouching(pictures: TrainingSet, tables: Tables, tmp_path_factory: pytest.T
     torch.manual_seed(0)
     folder, vae, fusion = tmp_path_factory.mktemp("retouching") / "retouched-1", new_autoencoder(), new_fusion(tables)
     unet = new_generator(*tables.grid_and_channels)
-    done = retouch(folder, pictures, tables, fusion, unet, vae, SHORTLY, replace(NEARER, steps=1))
+    done = retouch(folder, pictures, tables, fusion, unet, vae, SHORTLY, replace(NEARER, steps=1), who_looks(pictures))
     return Retouching(folder, fusion, unet, vae, *done)
 
 
@@ -404,7 +404,7 @@ def test_at_last_go_those_that_are_most_taken_for_another_style(
 ):
     aim = replace(TOLD_APART, steps=1, further=3)
     parts = retouching.fusion, retouching.unet, retouching.vae
-    rows, moves = retouch(tmp_path, pictures, tables, *parts, SHORTLY, aim)
+    rows, moves = retouch(tmp_path, pictures, tables, *parts, SHORTLY, aim, who_looks(pictures))
     check_they_went_down(pictures, tables, retouching, rows, moves, aim)
     further = np.setdiff1d(rows, finishes(pictures))
     assert len(further) == 3 and len(rows) == 3 + len(finishes(pictures))
