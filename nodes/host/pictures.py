@@ -5,6 +5,8 @@
 import functools
 import json
 import os
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from comfy.cli_args import args
 
 from ...pipeline.saving import PictureSaver, Place
 from .folders import picture_folder
+
+_DATE = re.compile(r"%date:([^%]+)%")
+_PART_OF_DATE = re.compile(r"d{1,2}|M{1,2}|yyyy|yy|h{1,2}|m{1,2}|s{1,2}")
 
 
 @functools.cache
@@ -26,6 +31,7 @@ def picture_place(prefix: str, width: int, height: int) -> tuple[Place, str]:
 
     Raises ValueError for a name that leads out of the output folder, by dots or by a link: the host follows links.
     """
+    prefix = _dated(prefix, datetime.now())
     name = os.path.basename(os.path.normpath(prefix))
     if not prefix.strip() or name in ("", ".", "..") or any(ord(character) < 32 for character in prefix):
         raise ValueError(f"expected filename_prefix to be a name below the output folder, got {prefix[:200]!r}")
@@ -34,6 +40,17 @@ def picture_place(prefix: str, width: int, height: int) -> tuple[Place, str]:
     folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
     _stay_inside(root, subfolder, prefix)
     return Place(Path(folder), name, number), subfolder
+
+
+def _dated(prefix: str, now: datetime) -> str:
+    """With %date:yyyy-MM-dd hh.mm.ss% and the like filled in, which the page does for Save Image and no other block."""
+    numbers = {"d": now.day, "M": now.month, "h": now.hour, "m": now.minute, "s": now.second}
+
+    def part(found: re.Match[str]) -> str:
+        letters = found[0]
+        return str(now.year)[-len(letters) :] if letters[0] == "y" else f"{numbers[letters[0]]:0{len(letters)}}"
+
+    return _DATE.sub(lambda date: _PART_OF_DATE.sub(part, date[1]), prefix)
 
 
 def picture_texts(hidden: Any) -> dict[str, str]:

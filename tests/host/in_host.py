@@ -20,6 +20,7 @@ import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,13 @@ def check_nodes_describe_themselves_once_and_anew_for_a_new_file():
         "DuetDirectPrompt", "DuetDoctor", "DuetFuse", "DuetIPAdapter", "DuetImageFeatures", "DuetLoadEmbeddings",
         "DuetLoadLora", "DuetLoadModel", "DuetSpeedPlan", "DuetTextEncoder",
     }  # fmt: skip
+
+
+def check_dates_are_those_of_the_page():
+    dated = importlib.import_module(f"{PACK}.nodes.host.pictures")._dated
+    now = datetime(2031, 2, 3, 14, 5, 6)
+    assert dated("a/%date:yyyy-MM-dd%/%width%", now) == "a/2031-02-03/%width%"
+    assert dated("%date:yy.M.d h.mm.s% of %date:%", now) == "31.2.3 14.05.6 of %date:%"
 
 
 def check_a_checkpoint_without_a_text_encoder_is_told():

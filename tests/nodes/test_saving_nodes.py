@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,13 @@ def test_numbers_go_on_and_names_are_filled_in(client: Client, host: ComfyServer
         # The host counts on by the name before %batch_num% is filled in, and so begins anew: no name is taken twice.
         assert found == expected or len({*found, *expected}) == 4
     assert len(list((host.output / "names").glob("*.png"))) == 4
+
+
+def test_a_date_is_filled_in_as_in_save_image(client: Client):
+    run = client.run(flat(16, "dated/%date:yyyy-MM-dd%"))
+    assert run.succeeded, run.error
+    (image,) = run.images()
+    assert image["subfolder"] == "dated" and re.fullmatch(r"20\d\d-[01]\d-[0-3]\d_00001_\.png", image["filename"])
 
 
 def test_the_next_prompt_runs_while_the_last_is_compressed(client: Client, host: ComfyServer):
