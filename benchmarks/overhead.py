@@ -1,7 +1,7 @@
 """What a run of a graph costs besides its models: wall time less the time inside denoiser, decoder and text encoder.
 
 The real host runs Duet's graph on the small model, and its own KSampler graph on the smallest model that it knows (a
-Stable Diffusion 1.5 of full size), both at 64x64 in 4 steps, through its own check and executor, in turns. Previews,
+Stable Diffusion 1.5 of full size), both at 128x128 in 4 steps, through its own check and executor, in turns. Previews,
 which are not needed for the picture, count as overhead though they too are time in the decoder. "seed" changes the
 seed alone, as when a picture is drawn anew; "words" changes the prompt too, which runs every block.
 "host_without_a_model" is the same of a graph of an empty picture alone, the least that any graph costs.

@@ -171,7 +171,7 @@ def _words(language: str) -> dict[str, Any]:
 
 
 def _question(tokenizer: Any, task: _Task) -> str:
-    """The task with two examples, as a conversation where the tokenizer has a template for one, else as plain text."""
+    """The task with its examples, as a conversation where the tokenizer has a template for one, else as plain text."""
     words = _words(task.language)
     about = words[task.mode]
     examples = [(brief, as_text(answer)) for brief, answer in about["examples"]]

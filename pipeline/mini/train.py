@@ -1,6 +1,6 @@
 """Train the next small model, from nothing or from a finished one: ``python -m pipeline.mini.train``.
 
-Fetches the pictures and words, teaches each part in turn, and writes the diffusers folder that the pack ships. Every
+Fetches the pictures and words, teaches each part in turn, and writes a diffusers folder as the pack ships one. Every
 stage resumes from its last checkpoint after a kill and is passed over when it is finished. Needs the optional group
 ``train``.
 """
