@@ -7,18 +7,22 @@ const WORDS = {
     warm: "model in cache", loaded: "model loaded", cached: "unchanged, not run again",
     text: "text", preparation: "preparation", features: "features", fusion: "fusion", generation: "generation",
     decode: "decode", comparison: "comparison", finish: "finish", model: "model", plan: "plan",
+    save: "save", load: "load", adapter: "adapter", examination: "examination", refinement: "refinement", conversion: "conversion",
     free: "written freely", guided: "written with guidance", brief: "the brief itself",
   },
   zh: {
     warm: "模型在缓存中", loaded: "模型已加载", cached: "未改变，未重新运行",
     text: "文本", preparation: "准备", features: "特征", fusion: "融合", generation: "生成",
-    decode: "解码", comparison: "比较", finish: "完成", model: "模型", plan: "方案",
+    decode: "解码", comparison: "比较", finish: "收尾", model: "模型", plan: "方案",
+    save: "保存", load: "加载", adapter: "适配器", examination: "检查", refinement: "精修", conversion: "转换",
     free: "自由书写", guided: "引导书写", brief: "简述本身",
   },
 };
 const ROW = 16; // pixels
 const MARGIN = 4; // around the element, in place of the page's 10
+const NOTICE = "color-mix(in srgb, #e0a030, var(--descrip-text, #999))"; // to be read on a light page and on a dark one
 const lines = new WeakMap(); // node -> its element and how many rows it needs
+let unchanged = new WeakSet(); // nodes that the present run did not run again
 
 function word(key) {
   const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
@@ -49,21 +53,23 @@ function show(node, paragraphs) {
     ...paragraphs.map(([text, isNotice]) => {
       const paragraph = document.createElement("div");
       paragraph.textContent = text;
-      if (isNotice) paragraph.style.color = "var(--warning-color, #e0a030)";
+      if (isNotice) paragraph.style.color = NOTICE;
       return paragraph;
     }),
   );
-  const perRow = Math.max(20, (node.size[0] - 40) / 6); // characters, roughly
-  const rowsOf = (text) => text.split("\n").reduce((rows, part) => rows + Math.max(1, Math.ceil(part.length / perRow)), 0);
+  const perRow = Math.max(20, (node.size[0] - 40) / 6); // letters, roughly; a Chinese character is as wide as two
+  const widthOf = (text) => [...text].reduce((width, character) => width + (character > "\u2e7f" ? 2 : 1), 0);
+  const rowsOf = (text) => text.split("\n").reduce((rows, part) => rows + Math.max(1, Math.ceil(widthOf(part) / perRow)), 0);
   line.rows = Math.max(1, paragraphs.reduce((rows, [text]) => rows + rowsOf(text), 0));
   line.element.style.minHeight = `${line.rows * ROW}px`;
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  if (width > node.size[0] || height > node.size[1]) node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   node.setDirtyCanvas(true, true);
 }
 
 function showRun(node, output) {
-  const paragraphs = (output?.duet_stage ?? []).map((entry) => {
+  // What a node at the end of a graph said before, the host says once more though it does not run.
+  const paragraphs = unchanged.has(node) ? [[word("cached"), false]] : (output?.duet_stage ?? []).map((entry) => {
     const parts = [word(entry.stage), `${Number(entry.milliseconds).toFixed(1)} ms`];
     if (entry.model === "warm" || entry.model === "loaded") parts.push(word(entry.model));
     return [parts.join(" · "), false];
@@ -72,6 +78,14 @@ function showRun(node, output) {
   for (const notice of output?.duet_notices ?? []) paragraphs.push([notice, true]);
   if (output?.duet_cache) paragraphs.push([(output.text ?? []).join("\n"), false]);
   if (paragraphs.length) show(node, paragraphs);
+}
+
+/** id: as the host has it; "5:3" is node 3 of the subgraph that node 5 stands for. */
+function find(id) {
+  return String(id).split(":").reduce((at, part) => {
+    const graph = at?.subgraph ?? at;
+    return graph?.getNodeById?.(part) ?? graph?.getNodeById?.(Number(part));
+  }, app.graph);
 }
 
 app.registerExtension({
@@ -86,10 +100,14 @@ app.registerExtension({
     };
   },
   setup() {
+    api.addEventListener("execution_start", () => {
+      unchanged = new WeakSet();
+    });
     api.addEventListener("execution_cached", ({ detail }) => {
-      for (const id of detail?.nodes ?? []) {
-        const node = app.graph.getNodeById(id) ?? app.graph.getNodeById(Number(id));
-        if (node) show(node, [[word("cached"), false]]);
+      for (const node of (detail?.nodes ?? []).map(find)) {
+        if (!lines.has(node)) continue;
+        unchanged.add(node);
+        show(node, [[word("cached"), false]]);
       }
     });
     window.duetReady = true;

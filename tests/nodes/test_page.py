@@ -48,6 +48,39 @@ def test_each_node_tells_its_stages(opened: ComfyPage):
     assert opened.pack_errors() == []
 
 
+def test_what_was_saved_before_is_not_said_to_be_saved_again(opened: ComfyPage):
+    """Of nodes at the end of a graph the host repeats what they said."""
+    opened.page.evaluate("""() => {
+        const graph = window.app.graph, node = window.LiteGraph.createNode("DuetSavePictures");
+        graph.add(node);
+        graph.nodes.find((other) => other.type === "DuetGenerate").connect(0, node, "image");
+    }""")
+    assert opened.run()["kind"] == "execution_success"
+    assert opened.page.evaluate(LINES)["DuetSavePictures"].startswith("save · ")
+    assert opened.run()["kind"] == "execution_success"
+    assert opened.page.evaluate(LINES)["DuetSavePictures"] == "unchanged, not run again"
+    opened.page.evaluate("""() => {
+        const node = window.app.graph.nodes.find((other) => other.type === "DuetSavePictures");
+        node.widgets.find((widget) => widget.name === "filename_prefix").value = "again";
+    }""")
+    assert opened.run()["kind"] == "execution_success"
+    assert opened.page.evaluate(LINES)["DuetSavePictures"].startswith("save · ")
+
+
+def test_nodes_in_a_subgraph_tell_too(opened: ComfyPage):
+    opened.page.evaluate("""() => {
+        const graph = window.app.graph;
+        graph.convertToSubgraph(new Set([graph.nodes.find((node) => node.type === "DuetEmbedText")]));
+    }""")
+    inner = """() => [...window.app.graph.subgraphs.values()].flatMap((graph) => graph.nodes)
+        .find((node) => node.type === "DuetEmbedText").widgets
+        .find((widget) => widget.name === "duet_line").element.innerText"""
+    assert opened.run()["kind"] == "execution_success"
+    assert opened.page.evaluate(inner).startswith("text · ")
+    assert opened.run()["kind"] == "execution_success"
+    assert opened.page.evaluate(inner) == "unchanged, not run again"
+
+
 def test_the_line_is_not_saved(opened: ComfyPage):
     before = opened.page.evaluate(
         "() => JSON.stringify(window.app.graph.serialize().nodes.map((n) => n.widgets_values))"
