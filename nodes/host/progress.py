@@ -49,10 +49,17 @@ def text_progress(total: int, node_id: str) -> Callable[[int, str], None]:
         memory.throw_exception_if_processing_interrupted()
         bar.update_absolute(min(tokens, total), total)
         if time.monotonic() - told > _TEXT_EVERY_S:
-            PromptServer.instance.send_progress_text(text, node_id)
+            _tell(text, node_id)
             told = time.monotonic()
 
     return on_text
+
+
+def _tell(text: str, node_id: str) -> None:
+    """On the page whose prompt this is: unless one is named, the host shows it on every page that is open."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_progress_text(text, node_id, sid=server.client_id)
 
 
 def reading(name: str, size: int) -> Callable[[int], None]:
@@ -75,7 +82,7 @@ def reading(name: str, size: int) -> Callable[[int], None]:
         node_id = getattr(server, "last_node_id", None)
         if server is not None and node_id is not None and now - told > _TEXT_EVERY_S:
             gigabytes = f"{read / 1e9:.1f} of {size / 1e9:.1f} GB"
-            server.send_progress_text(f"Reading {name} once, to know it again: {gigabytes}", node_id)
+            _tell(f"Reading {name} once, to know it again: {gigabytes}", node_id)
             told = now
 
     return on_read
