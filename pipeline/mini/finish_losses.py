@@ -147,7 +147,8 @@ class LineUp:
 
     def _among(self, gists: Tensor, right: Tensor) -> list[Tensor]:
         """Cosines with all drawings (B, N), those of other styles left out, and those of other concepts."""
-        cosines = gists @ self._gists.T
+        with torch.autocast(gists.device.type, enabled=False):  # in halves .96 and .964 are one
+            cosines = gists.float() @ self._gists.float().T
         return [cosines.masked_fill(labels != labels[right][:, None], -torch.inf) for labels in self._labels]
 
 

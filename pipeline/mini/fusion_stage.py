@@ -110,6 +110,7 @@ def train_fusion(
     torch.manual_seed(0)
     if network.reader is not None:
         network.reader.requires_grad_(False)  # nothing that is drawn passes through it
+        network.image_norm.requires_grad_(False)  # by which it reads
     examples = Examples(pictures, tables)
     means, weights = tables.means(), said_weight(tables.grid_and_channels[0]).to(device())
 
