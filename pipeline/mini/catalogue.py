@@ -64,7 +64,7 @@ def fetch_packages(folder: Path) -> None:
             continue
         packed = subprocess.run(
             ["npm", "pack", package, "--silent", "--pack-destination", str(folder)],
-            check=True, capture_output=True, text=True,
+            stdout=subprocess.PIPE, text=True, check=True,  # what goes wrong is told on stderr
         )  # fmt: skip
         archive = folder / packed.stdout.strip().splitlines()[-1]
         partial = target.with_suffix(".partial")

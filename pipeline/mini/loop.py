@@ -75,6 +75,9 @@ def run_stage(
         average, start = saved["average"], saved["step"]
         rule.load_state_dict(saved["optimizer"])
         logger.info("%s resumes at step %d of %d", name, start, plan.steps)
+    if start > plan.steps:
+        raise ValueError(f"expected at least the {start} steps that {checkpoint} has learned, got {plan.steps}")
+    _cut(curve, start)
 
     modules.train()
     saved_at = logged_at = time.monotonic()
@@ -102,7 +105,7 @@ def run_stage(
             _append_row(curve, {"step": step + 1, **means})
             sums, logged_at, logged_step = {}, now, step + 1
         if now - saved_at > plan.save_seconds or step + 1 == plan.steps:
-            partial = checkpoint.with_suffix(".partial")
+            partial = checkpoint.with_name(f"{checkpoint.name}.partial")
             torch.save(
                 {
                     "modules": modules.state_dict(),
@@ -127,8 +130,16 @@ def _move_average(average: dict[str, Tensor], modules: nn.Module, decay: float) 
         average[key].copy_(now[key])
 
 
+def _cut(curve: Path, start: int) -> None:
+    """Rows beyond the checkpoint are of steps that come again, and a head without rows is of a kill."""
+    if curve.exists():
+        head, *rows = curve.read_text().splitlines(keepends=True) or [""]
+        kept = [row for row in rows if row.endswith("\n") and int(float(row.split(",")[0])) <= start]
+        curve.write_text("".join([head, *kept]) if kept else "")
+
+
 def _append_row(curve: Path, row: dict[str, float]) -> None:
-    new = not curve.exists()
+    new = not curve.exists() or not curve.stat().st_size
     with curve.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, list(row))
         if new:

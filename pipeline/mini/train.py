@@ -6,11 +6,12 @@ stage resumes from its last checkpoint after a kill and is passed over when it i
 """
 
 import argparse
+import json
 import logging
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,42 +70,19 @@ ON_GPU = {
     "retouch": Plan(5, 64, learning_rate=0.05),
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
+SIZES = 32  # which pixels a side are a multiple of, for the autoencoder and the generator to halve
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work", type=Path, default=Path(".cache/mini"), help="where packages, checkpoints and curves go"
-    )
-    parser.add_argument("--until", choices=list(PLANS), default="retouch", help="stop after this stage")
-    parser.add_argument(
-        "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
-    )
-    parser.add_argument("--again", nargs="*", choices=list(PLANS), default=[], help="stages to repeat from --start")
-    parser.add_argument("--again-rate", type=float, default=AGAIN, help="of their plans' rates, for those of --again")
-    parser.add_argument("--anew", nargs="*", choices=list(PLANS), default=[], help="stages that begin from nothing")
-    parser.add_argument(
-        "--steps", nargs="*", default=[], metavar="STAGE=STEPS", help="other lengths than those of the plans"
-    )
-    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side of the pictures that are learned from")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--model", type=Path, help="the folder to write at the end; model in --work unless given")
-    chosen = parser.parse_args(arguments)
-    if "autoencoder" in {*chosen.again, *chosen.anew}:  # other latents, of which nothing has learned yet
-        chosen.anew = [*chosen.anew, "fusion", "generator", "finish"]
-    if {"text", "vision", "fusion", "choice"} & {*chosen.again, *chosen.anew}:
-        chosen.anew = [*chosen.anew, "choice"]  # of other vectors it knows nothing, and it takes minutes
-    if {"fusion", "finish"} & {*chosen.again, *chosen.anew}:
-        chosen.anew = [*chosen.anew, "retouch"]  # which lies in what both of them say
+    chosen, plans = _asked(arguments)
     _tell()
     torch.set_num_threads(chosen.threads)
     wanted = list(PLANS)[: list(PLANS).index(chosen.until) + 1]
-    plans = _plans(parser, chosen.steps)
     work: Path = chosen.work
-    work.mkdir(parents=True, exist_ok=True)
     if chosen.start is not None and not (work / "tokenizer").exists():
-        shutil.copytree(chosen.start / "tokenizer", work / "tokenizer")
+        shutil.copytree(chosen.start / "tokenizer", work / "tokenizer.copied", dirs_exist_ok=True)
+        (work / "tokenizer.copied").rename(work / "tokenizer")
 
     def plan_of(stage: str) -> Plan:
         plan = plans[stage]
@@ -114,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
         """The finished part from the work folder; trained first, from the start or from nothing, if it is not there."""
         if not (work / stage).exists():
+            torch.manual_seed(0)  # whichever stages this process has run before
             start = None if stage in chosen.anew else chosen.start
             begun = new() if start is None else read_part(start / name, kind)
             taught = train(begun, plan_of(stage)) if start is None or stage in chosen.again else begun
@@ -161,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda begun, plan: train_generator(work, pictures, tables, fusion, begun, plan),
     )  # fmt: skip
     if "finish" in wanted and (chosen.start is None or "finish" in {*chosen.again, *chosen.anew}):
+        torch.manual_seed(0)
         plan, vae = plan_of("finish"), deepened(vae)
         nn.Module.to(vae, device())
         unet, vae = _finished(
@@ -169,9 +149,80 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "retouch" in wanted and (chosen.start is None or "retouch" in {*chosen.again, *chosen.anew}):
         if not (work / "retouch").exists():
             keep(work / "retouch", train_retouch(work, pictures, tables, fusion, unet, vae, plan_of("retouch")))
+            for moved in work.glob("retouched-*"):  # from where that network said them, and no other
+                shutil.rmtree(moved)
         fusion = read_part(work / "retouch", FusionNetwork)
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
+
+
+def _asked(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Plan]]:
+    """Exits with a message for what cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/mini"), help="where packages, checkpoints and curves go"
+    )
+    parser.add_argument("--until", choices=list(PLANS), default="retouch", help="stop after this stage")
+    parser.add_argument(
+        "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
+    )
+    stages: dict[str, Any] = {"nargs": "*", "action": "extend", "default": []}
+    parser.add_argument("--again", choices=list(PLANS), help="stages to repeat from --start", **stages)
+    parser.add_argument("--again-rate", type=float, default=AGAIN, help="of their plans' rates, for those of --again")
+    parser.add_argument("--anew", choices=list(PLANS), help="stages that begin from nothing", **stages)
+    parser.add_argument("--steps", metavar="STAGE=STEPS", help="other lengths than those of the plans", **stages)
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side of the pictures that are learned from")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--model", type=Path, help="the folder to write at the end; model in --work unless given")
+    chosen = parser.parse_args(arguments)
+    plans = _plans(parser, chosen.steps)
+    if chosen.size % SIZES or chosen.size < SIZES:
+        parser.error(f"expected --size to be a multiple of {SIZES}, got {chosen.size}")
+    if chosen.again and chosen.start is None:
+        parser.error("--again goes on from a model: expected --start, got none")
+    if "autoencoder" in {*chosen.again, *chosen.anew}:  # other latents, of which nothing has learned yet
+        chosen.anew = [*chosen.anew, "fusion", "generator", "finish"]
+    if {"text", "vision", "fusion", "choice"} & {*chosen.again, *chosen.anew}:
+        chosen.anew = [*chosen.anew, "choice"]  # of other vectors it knows nothing, and it takes minutes
+    if {"fusion", "finish"} & {*chosen.again, *chosen.anew}:
+        chosen.anew = [*chosen.anew, "retouch"]  # which lies in what both of them say
+    if chosen.start is not None:
+        if not (chosen.start / "model_index.json").is_file():
+            parser.error(f"expected --start to be the folder of a model, found none in {chosen.start}")
+        _check_together(parser, {*chosen.again, *chosen.anew}, chosen.until)
+    begun = {
+        "start": str(chosen.start.resolve()) if chosen.start is not None else "",
+        "again": sorted(set(chosen.again)),
+        "anew": sorted(set(chosen.anew)),
+        "again_rate": chosen.again_rate,
+        "size": chosen.size,
+        "plans": {stage: asdict(plan) for stage, plan in plans.items()},
+    }
+    _bind(parser, chosen.work, begun)
+    return chosen, plans
+
+
+def _check_together(parser: argparse.ArgumentParser, taught: set[str], until: str) -> None:
+    """What a stage says anew, the ones that hear it have to learn."""
+    wanted = list(PLANS)[: list(PLANS).index(until) + 1]
+    for stages, heard_by in ((("text", "vision"), "fusion"), (("generator",), "finish")):
+        for stage in stages:
+            if stage in taught and heard_by in wanted and heard_by not in taught:
+                parser.error(f"expected {heard_by} to learn again what {stage} says anew: add it to --again")
+
+
+def _bind(parser: argparse.ArgumentParser, work: Path, begun: dict[str, Any]) -> None:
+    """A folder holds what one run has made so far: under other arguments nothing of it would fit."""
+    work.mkdir(parents=True, exist_ok=True)
+    stored = work / "run.json"
+    if not stored.exists():
+        partial = stored.with_suffix(".partial")
+        partial.write_text(json.dumps(begun, indent=1), "utf-8")
+        partial.rename(stored)
+    known = json.loads(stored.read_text("utf-8"))
+    for name, value in begun.items():
+        if known.get(name) != value:
+            parser.error(f"{work} was begun with {name} {known.get(name)}, got {value}: give another --work")
 
 
 def _finished(work: Path, unet: Any, vae: Any, train: Callable[[], Any]) -> tuple[Any, Any]:
@@ -192,14 +243,16 @@ def _captions(work: Path, pictures: PictureSet) -> Captions:
     stored = work / "captions.pkl"  # written and read by this command only
     if not stored.exists():
         captions = build_captions(pictures.concepts, pictures.held_out().concepts, dictionary_words())
-        stored.write_bytes(pickle.dumps(captions))
+        partial = stored.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(captions))
+        partial.rename(stored)
     return pickle.loads(stored.read_bytes())
 
 
 def _tokenizer(work: Path, captions: Captions) -> PreTrainedTokenizerFast:
     folder = work / "tokenizer"
     if not folder.exists():
-        build_tokenizer(captions).save_pretrained(folder)
+        keep(folder, build_tokenizer(captions))
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
 from pipeline.fusing.fusion_network import FusionNetwork
-from pipeline.mini import last_layers, retouch_stage
+from pipeline.mini import MODEL_FOLDER, last_layers, retouch_stage
+from pipeline.mini import train as train_module
 from pipeline.mini.autoencoder import (
     DECODER_LAYERS,
     deepened,
@@ -41,6 +42,7 @@ from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, rende
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
 from pipeline.mini.tables import Tables
+from pipeline.mini.train import main
 from pipeline.mini.training_set import TrainingSet
 from pipeline.mini.vision import new_image_encoder, over_background, train_image_encoder
 from pipeline.mini.words import Captions, build_tokenizer, lengthened
@@ -82,6 +84,62 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
     for name, value in unbroken.items():
         assert torch.allclose(resumed[name], value)
     assert not list((tmp_path / "killed").glob("*.partial"))
+
+
+def test_a_curve_goes_on_from_the_checkpoint(tmp_path: Path):
+    """It is written more often: what a kill left beyond would come twice."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, killed_at=25)
+    curve = tmp_path / "line-curve.csv"
+    curve.write_text("step,line\n10,1.0\n30,0.5\n3")
+    train(tmp_path)
+    assert [row.split(",")[0] for row in curve.read_text().splitlines()] == ["step", "10", str(PLAN.steps)]
+
+
+def test_fewer_steps_than_were_learned_are_refused(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, killed_at=25)
+    parts = nn.ModuleDict({"line": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match=r"at least the 25 steps that .* has learned, got 20"):
+        run_stage("line", tmp_path, replace(PLAN, steps=20), parts, lambda step: {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--again", "fusion"], "--again goes on from a model: expected --start, got none"),
+        (["--size", "100"], "expected --size to be a multiple of 32, got 100"),
+        (["--steps", "fusion=many"], "expected STAGE=STEPS with one of text"),
+        (["--start", "nowhere"], "expected --start to be the folder of a model, found none in nowhere"),
+        (["--start", str(MODEL_FOLDER), "--again", "text"], "expected fusion to learn again what text says anew"),
+        (["--start", str(MODEL_FOLDER), "--again", "generator"], "expected finish to learn again what generator says"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--work", str(tmp_path / "work")])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_work_folder_is_of_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Parts, tables and batches of another would pass for its own."""
+    begun = []
+    monkeypatch.setattr(train_module, "load_training_set", lambda work, size: begun.append(work) or pytest.skip())
+    arguments = ["--work", str(tmp_path), "--steps", "fusion=10", "--steps", "text=5"]
+    for further in ([], ["--until", "text"], ["--model", str(tmp_path / "m")]):
+        with pytest.raises(pytest.skip.Exception):
+            main([*arguments, *further])
+    assert len(begun) == 3
+    for further in (["--steps", "fusion=11"], ["--size", "64"], ["--start", str(MODEL_FOLDER)]):
+        with pytest.raises(SystemExit):
+            main([*arguments, *further])
+        assert "was begun with" in capsys.readouterr().err
+    assert len(begun) == 3
 
 
 # --- the stages, on a handful of pictures ---
@@ -320,11 +378,13 @@ def test_a_reader_learns_the_styles_of_pictures(pictures: TrainingSet, tables: T
     with torch.no_grad():
         read = taught.reader(taught.image_norm(image)).argmax(dim=1)
     assert float((read == style).float().mean()) > 0.9
-    before = deepcopy(taught.reader.state_dict())
+    before, norm = deepcopy(taught.reader.state_dict()), deepcopy(taught.image_norm.state_dict())
     few = Plan(steps=5, batch=32, learning_rate=1e-2, warmup=1, weight_decay=0.0, average=0.1)
     train_fusion(tmp_path, pictures, styled, taught, few)
     for name, weights in taught.reader.state_dict().items():
         assert torch.equal(before[name], weights), "what a style is does not change by what is drawn"
+    for name, weights in taught.image_norm.state_dict().items():
+        assert torch.equal(norm[name], weights), "nor does what it is read by"
 
 
 def test_a_mesh_is_told_from_other_errors():
@@ -579,6 +639,8 @@ def test_how_far_another_style_is_ahead_is_told(pictures: TrainingSet):
     most = NEAR * np.log(len(rows) - 1)  # by which a smooth maximum may be more than the largest
     behind = told.behind(told.gists_of(rows), rows)
     assert bool((behind >= nearest - 1 - 1e-5).all() and (behind <= nearest - 1 + most + 1e-5).all())
+    with torch.autocast("cpu", torch.bfloat16):  # which knows no difference of .002
+        assert torch.equal(told.behind(told.gists_of(rows), rows), behind)
     instead = told.behind(told.gists_of(rows.copy()[[1, 0]]), rows[:2])
     assert bool((instead >= 1 - alike[0, 1] - 1e-5).all()), "each shows the other's style"
     gists = told.gists_of(rows).requires_grad_()
