@@ -83,7 +83,7 @@ def measure(folder: Path, work: Path, count: int, steps: int | None = None) -> d
         "questions": {kind: len(some) for kind, some in questions.items()},
     }
     if open_checkpoint(folder).family.panoramas:
-        draw = partial(_scene, artist)
+        draw = partial(_scene, artist, steps)
         told |= skies_shown(draw, SCENES, size) | phantoms_shown(draw, SCENES, size)
     return told
 
@@ -121,8 +121,8 @@ def nearest(judge: Judge, pictures: PictureSet, features: Tensor) -> dict[str, f
     }
 
 
-def _scene(artist: Artist, texts: Sequence[str], width: int, height: int) -> np.ndarray:
-    return artist.draw_words(texts, 1, width=width, height=height).permute(0, 2, 3, 1).numpy()
+def _scene(artist: Artist, steps: int, texts: Sequence[str], width: int, height: int) -> np.ndarray:
+    return artist.draw_words(texts, steps, width=width, height=height).permute(0, 2, 3, 1).numpy()
 
 
 def _share(right: np.ndarray) -> float:
@@ -136,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=10_000, help="at most this many seen concepts")
     parser.add_argument("--steps", type=int, help="in place of what the model is meant for")
     chosen = parser.parse_args(arguments)
+    if chosen.count < 2:
+        parser.error(f"expected --count to be 2 or more, got {chosen.count}")
     print(json.dumps(measure(chosen.model, chosen.work, chosen.count, chosen.steps)))
 
 

@@ -37,7 +37,7 @@ _GRASS = {
 
 @dataclass(frozen=True)
 class Sky:
-    """sun_height: degrees above the horizon, 0..85; sun_azimuth: degrees, 0 in the middle of the picture."""
+    """sun_height: degrees above the horizon, 0..88; sun_azimuth: degrees, 0 in the middle of the picture."""
 
     sun_height: float
     sun_azimuth: float
