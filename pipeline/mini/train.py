@@ -196,7 +196,7 @@ def _asked(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
         "anew": sorted(set(chosen.anew)),
         "again_rate": chosen.again_rate,
         "size": chosen.size,
-        "plans": {stage: asdict(plan) for stage, plan in plans.items()},
+        **{f"the plan of {stage}": asdict(plan) for stage, plan in plans.items()},
     }
     _bind(parser, chosen.work, begun)
     return chosen, plans
