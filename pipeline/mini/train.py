@@ -171,7 +171,9 @@ def _asked(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
     parser.add_argument("--again-rate", type=float, default=AGAIN, help="of their plans' rates, for those of --again")
     parser.add_argument("--anew", choices=list(PLANS), help="stages that begin from nothing", **stages)
     parser.add_argument("--steps", metavar="STAGE=STEPS", help="other lengths than those of the plans", **stages)
-    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side of the pictures that are learned from")
+    parser.add_argument(
+        "--size", type=int, default=SIZE, help=f"pixels a side; other than {SIZE} to try the stages, not to draw with"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", type=Path, help="the folder to write at the end; model in --work unless given")
     chosen = parser.parse_args(arguments)
