@@ -103,7 +103,7 @@ def _to_opacity(mask: Tensor | None) -> Tensor | None:
 def _as_large_as(pixels: Tensor, opacity: Tensor) -> Tensor:
     if opacity.shape[-2:] != pixels.shape[-2:] or opacity.shape[0] not in (1, pixels.shape[0]):
         raise ValueError(f"expected a mask for the picture, {_size(pixels)}, or one for all; got {_size(opacity)}")
-    return opacity.to(pixels.device)
+    return opacity
 
 
 def _size(pictures: Tensor) -> str:

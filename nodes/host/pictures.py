@@ -43,7 +43,7 @@ def picture_place(prefix: str, width: int, height: int) -> tuple[Place, str]:
 
 
 def _dated(prefix: str, now: datetime) -> str:
-    """With %date:yyyy-MM-dd hh.mm.ss% and the like filled in, which the page does for Save Image and no other block."""
+    """With %date:yyyy-MM-dd hh.mm.ss% and the like filled in, which the page does for the host's own blocks alone."""
     numbers = {"d": now.day, "M": now.month, "h": now.hour, "m": now.minute, "s": now.second}
 
     def part(found: re.Match[str]) -> str:
