@@ -14,6 +14,7 @@ from .loop import device
 from .tables import Tables, index
 from .training_set import TrainingSet
 
+NOTHING = 1e-6  # of unit variance, mean square: what far keys leave is no value
 TOUCHED = 0.01  # the least share of a value that may be added to what it is not meant for
 
 
@@ -33,7 +34,7 @@ def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows
     network.forget()
     english, chinese = said(0), said(1)
     added = before - english
-    at_first = added.square().mean(dim=(1, 2), keepdim=True) < 1e-6  # of unit variance: what far keys leave is no value
+    at_first = added.square().mean(dim=(1, 2), keepdim=True) < NOTHING
     values = moves + torch.where(at_first, (english - chinese) / 2, added)
     network.remember(*_told_apart(network, pictures, tables, rows), values)
     beside = _taken_for_them(network, pictures, tables, rows)
@@ -43,12 +44,24 @@ def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows
     return float(((said(0) - before) * moves).sum() / moves.square().sum())
 
 
-def _taken_for_them(
-    network: FusionNetwork, pictures: TrainingSet, tables: Tables, remembered: np.ndarray
-) -> np.ndarray:
-    """Other drawings that lie so near to one that is remembered that they need keys of their own to be let be."""
+@torch.no_grad()
+def remembered(network: FusionNetwork, pictures: TrainingSet, tables: Tables) -> np.ndarray:
+    """The learned drawings of which more is remembered, by their English names, than that they are no other's."""
+    drawings = pictures.emoji.training_rows()
+    if network.memory is None:
+        return drawings[:0]
+    known = np.zeros(len(drawings), dtype=bool)
+    for places in np.array_split(np.arange(len(drawings)), len(drawings) // BATCH + 1):
+        asked = by_names(network, pictures, tables, drawings[places])
+        said = network.memory(asked).square().mean(dim=1) >= NOTHING
+        known[places] = (network.memory.knows(asked, TOUCHED) & said).cpu().numpy()
+    return drawings[known]
+
+
+def _taken_for_them(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows: np.ndarray) -> np.ndarray:
+    """What is not remembered and lies so near to one of ``rows``, that is, that it needs a key of its own."""
     assert network.memory is not None
-    others = np.setdiff1d(pictures.emoji.training_rows(), remembered)
+    others = np.setdiff1d(pictures.emoji.training_rows(), rows)
     known = np.zeros(len(others), dtype=bool)
     for name in range(tables.bare_names.shape[1]):
         for places in np.array_split(np.arange(len(others)), len(others) // BATCH + 1):

@@ -6,31 +6,27 @@ the right one from latents close by. So each drawing's latents, as the network s
 of what two ImageNet networks see of the picture made of them, and the network's last layers are moved to say where they
 have come, as far as they can without saying other things otherwise: of each move a part. From where that led the next
 round goes on. Where the last ones lead is remembered, each drawing by itself.
-The very last asks of the two networks that they tell each drawing from its concept in other styles, by so much and no
-more; beside it the picture's own error counts most, or what pleases these networks would speckle it. So go drawings of
-other styles too, those that are most taken for another's.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderDC, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..fusing.fusion_network import FusionNetwork
 from .autoencoder import picture_loss, to_model_range
 from .catalogue import STYLES
-from .finish_losses import NEAR, ImageNetEye, LineUp, Onlookers, layers_apart, over_colour
+from .finish_losses import ImageNetEye, LineUp, Onlookers, layers_apart, over_colour
 from .fusion_stage import on_grid
 from .generator_stage import START_NOISE, velocity_at
 from .last_layers import by_names, move_answers
 from .loop import Plan, device, halves_pay, seeded
+from .pictures import PictureSet
 from .remembering import remember
 from .tables import Tables
 from .training_set import TrainingSet
@@ -38,18 +34,17 @@ from .training_set import TrainingSet
 logger = logging.getLogger(__name__)
 
 RETOUCHED = ("fluent-color", "fluent-flat", "fluent-3d")  # three finishes, often of one drawing
-FURTHER = 310  # drawings of other styles that the last round moves: with their neighbours half a megabyte
 SIZES = (224, 192)  # pixels high, about as large as they were taught with
-REMEMBERED = 3  # the last rounds: the layers, which are smooth, say as much of the moves as they can before
+REMEMBERED = 2  # the last rounds: the layers, which are smooth, say as much of the moves as they can before
 MOMENTUM = 0.5
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a round goes down, in so many steps, each so far of the plan's rate.
+    """What drawings go down, in so many steps, each so far of the plan's rate.
 
     picture, layers: how much the picture's own error counts, and what the networks' layers see; told: (line-up, gists,
-    rows) -> what it costs where it stands among all drawings. further: how many drawings of other styles go too.
+    rows) -> what it costs where it stands among all drawings.
     """
 
     steps: int
@@ -57,21 +52,14 @@ class Aim:
     picture: float
     layers: float
     told: Callable[[LineUp, Tensor, np.ndarray], Tensor]
-    further: int = 0
 
 
 def _among_all(line_up: LineUp, gists: Tensor, rows: np.ndarray) -> Tensor:
     return 0.2 * line_up(gists, rows)
 
 
-def _ahead(line_up: LineUp, gists: Tensor, rows: np.ndarray) -> Tensor:
-    """Of the other styles by three times what makes one e times as likely; to be further ahead is worth nothing."""
-    return 3 * F.softplus(line_up.behind(gists, rows) / NEAR + 3).mean()
-
-
 # What else is told apart among all pleases these networks, and no other.
 NEARER = Aim(steps=2, pace=1.0, picture=1.0, layers=3.0, told=_among_all)
-TOLD_APART = Aim(steps=4, pace=0.7, picture=6.0, layers=3.0, told=_ahead, further=FURTHER)
 
 
 def train_retouch(
@@ -89,10 +77,9 @@ def train_retouch(
     """
     nn.Module.to(network, device()).eval().requires_grad_(False)
     network.forget()
-    looking = who_looks(pictures)
+    hand, rows = Retoucher(pictures, tables, network, unet, vae, NEARER), finishes(pictures.emoji)
     for number in range(1, plan.steps + 1):
-        aim = TOLD_APART if number == plan.steps else NEARER
-        rows, moves = retouch(work / f"retouched-{number}", pictures, tables, network, unet, vae, plan, aim, looking)
+        moves = hand.moved(work / f"retouch-{number}", rows, plan)
         if number <= plan.steps - REMEMBERED:
             share = move_answers(network, pictures, tables, rows, moves)
         else:
@@ -101,45 +88,23 @@ def train_retouch(
     return network
 
 
-def who_looks(pictures: TrainingSet) -> Callable[[], Onlookers]:
-    """Those of all rounds. To see every drawing once takes them minutes, so not before something is not kept yet."""
-    return cache(lambda: Onlookers(pictures.emoji, SIZES))
+def finishes(emoji: PictureSet) -> np.ndarray:
+    """The learned drawings in RETOUCHED styles, in rising order."""
+    learned = emoji.training_rows()
+    return learned[np.isin(emoji.style[learned], [STYLES.index(name) for name in RETOUCHED])]
 
 
-def retouch(
-    folder: Path,
-    pictures: TrainingSet,
-    tables: Tables,
-    network: FusionNetwork,
-    unet: UNet2DConditionModel,
-    vae: AutoencoderDC,
-    plan: Plan,
-    aim: Aim,
-    looking: Callable[[], Onlookers],
-) -> tuple[np.ndarray, Tensor]:
-    """The drawings in RETOUCHED styles and ``aim.further`` others (K,), and by how much their tokens move (K, G*G, C).
-
-    Which they are, and each batch, is kept in ``folder``, where a kill leaves it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    hand, chosen = _Retoucher(pictures, tables, network, unet, vae, aim, looking), folder / "rows.pt"
-    if not chosen.exists():
-        _keep(chosen, torch.from_numpy(hand.rows(plan.batch)))
-    rows = torch.load(chosen, weights_only=True).numpy()
-    batches = [folder / f"{number:04}.pt" for number in range(len(rows) // plan.batch + 1)]
-    for seed, (stored, some) in enumerate(zip(batches, np.array_split(rows, len(batches)), strict=True)):
-        if not stored.exists():
-            _keep(stored, hand.moves(some, seed, plan.learning_rate * aim.pace))
-    return rows, torch.cat([torch.load(stored, weights_only=True, map_location=device()) for stored in batches])
-
-
-def _keep(stored: Path, values: Tensor) -> None:
+def keep_values(stored: Path, values: Tensor) -> None:
+    """There whole or not at all, whatever ends the process."""
+    stored.parent.mkdir(parents=True, exist_ok=True)
     partial = stored.with_suffix(".partial")
     torch.save(values, partial)
     partial.rename(stored)
 
 
-class _Retoucher:
+class Retoucher:
+    """Moves what the network says of drawings to where the picture made of it is seen for what it is."""
+
     def __init__(
         self,
         pictures: TrainingSet,
@@ -148,35 +113,41 @@ class _Retoucher:
         unet: UNet2DConditionModel,
         vae: AutoencoderDC,
         aim: Aim,
-        looking: Callable[[], Onlookers],
     ) -> None:
-        self._pictures, self._tables, self._aim, self._looking = pictures, tables, aim, looking
+        self._pictures, self._tables, self._aim = pictures, tables, aim
         self._network, self._unet, self._vae = network, unet, vae
         for part in (network, unet, vae):
             nn.Module.to(part, device())
             part.eval().requires_grad_(False)
-        self._white = torch.ones(1, 3, 1, 1, device=device())
+        self._white, self._onlookers = torch.ones(1, 3, 1, 1, device=device()), Onlookers(pictures.emoji, SIZES)
 
-    def rows(self, batch: int) -> np.ndarray:
-        """In rising order: of the finishes all, and of what else is learned what is most taken for another style's."""
-        emoji = self._pictures.emoji
-        learned = emoji.training_rows()
-        finishes = np.isin(emoji.style[learned], [STYLES.index(name) for name in RETOUCHED])
-        others = learned[~finishes]
-        if self._aim.further and len(others):
-            parts = np.array_split(others, len(others) // batch + 1)
-            behind = np.concatenate([self._behind(some, seed) for seed, some in enumerate(parts)])
-            others = others[np.argsort(-behind, kind="stable")]
-        return np.sort(np.concatenate([learned[finishes], others[: self._aim.further]]))
+    def moved(self, folder: Path, rows: np.ndarray, plan: Plan) -> Tensor:
+        """By how much the tokens of drawings ``rows`` (K,) move, (K, G*G, C).
+
+        Each batch is kept in ``folder``, where a kill leaves it.
+        """
+        batches = [folder / f"{number:04}.pt" for number in range(len(rows) // plan.batch + 1)]
+        for seed, (stored, some) in enumerate(zip(batches, np.array_split(rows, len(batches)), strict=True)):
+            if not stored.exists():
+                keep_values(stored, self.moves(some, seed, plan.learning_rate * self._aim.pace))
+        return torch.cat([torch.load(stored, weights_only=True, map_location=device()) for stored in batches])
 
     @torch.no_grad()
+    def behind(self, rows: np.ndarray, batch: int) -> np.ndarray:
+        """(K,): by how much drawings ``rows`` (K,), as they are drawn now, are taken for another style's.
+
+        As ``LineUp.behind`` has it, the mean of the networks.
+        """
+        return np.concatenate(
+            [self._behind(some, seed) for seed, some in enumerate(np.array_split(rows, len(rows) // batch + 1))]
+        )
+
     def _behind(self, rows: np.ndarray, seed: int) -> np.ndarray:
-        """(B,), the mean of the networks, of what is drawn now."""
         with torch.autocast(device().type, torch.bfloat16, enabled=halves_pay()):
             drawn = self._drawn(self._said(rows), seeded(seed))
             found = [
                 line_up.behind(eye.gist(eye.layers(over_colour(drawn, self._white), size)), rows)
-                for eye, line_up, size in map(self._looking().at, range(len(SIZES)))
+                for eye, line_up, size in map(self._onlookers.at, range(len(SIZES)))
             ]
         return torch.stack(found).mean(dim=0).cpu().numpy()
 
@@ -191,7 +162,7 @@ class _Retoucher:
             tokens.requires_grad_(True)
             with torch.autocast(device().type, torch.bfloat16, enabled=halves_pay()):
                 drawn = self._drawn(tokens, seeded(self._aim.steps * seed + step))
-                loss = self._loss(drawn, real, rows, *self._looking().at(step))
+                loss = self._loss(drawn, real, rows, *self._onlookers.at(step))
             (slope,) = torch.autograd.grad(loss, tokens)
             slope = slope / slope.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
             pace = MOMENTUM * pace + slope

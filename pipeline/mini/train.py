@@ -21,6 +21,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, ResNetModel
 
 from ..fusing.fusion_network import FusionNetwork
+from .apart_stage import train_apart
 from .autoencoder import deepened, new_autoencoder, train_autoencoder
 from .choice_stage import train_choice
 from .finish_stage import train_finish
@@ -47,8 +48,8 @@ from .words import (
 logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" where it is run
 
 # From nothing; longer plans go on getting better (fusion above all), and --steps makes shorter those that go on from a
-# model that has learned before. None has been run in full at 128 pixels; the model card tells what was. Of retouching:
-# rounds, drawings at once, and how far a step moves them.
+# model that has learned before. None has been run in full at 128 pixels; the model card tells what was. Of the last
+# two, which move pictures and no weights: rounds, drawings at once, and how far a step moves them.
 ON_CPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
     "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
@@ -57,7 +58,8 @@ ON_CPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 32, learning_rate=1.5e-3, warmup=100, weight_decay=0.0),
     "finish": Plan(1500, 32, learning_rate=7e-4, warmup=100, weight_decay=0.0),
-    "retouch": Plan(5, 32, learning_rate=0.05),
+    "retouch": Plan(4, 32, learning_rate=0.05),
+    "apart": Plan(2, 32, learning_rate=0.05),
 }
 ON_GPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
@@ -67,10 +69,12 @@ ON_GPU = {
     "choice": Plan(3000, 1024, learning_rate=3e-3, warmup=100),
     "generator": Plan(4000, 256, learning_rate=1.5e-3, warmup=200, weight_decay=0.0),
     "finish": Plan(3000, 64, learning_rate=7e-4, warmup=200, weight_decay=0.0),
-    "retouch": Plan(5, 64, learning_rate=0.05),
+    "retouch": Plan(4, 64, learning_rate=0.05),
+    "apart": Plan(2, 64, learning_rate=0.05),
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 SIZES = 32  # which pixels a side are a multiple of, for the autoencoder and the generator to halve
+MOVING = {"retouch", "apart"}
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
 
 
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def plan_of(stage: str) -> Plan:
         plan = plans[stage]
-        goes_on = chosen.start is not None and stage not in {*chosen.anew, "retouch"}  # that moves pictures, no weights
+        goes_on = chosen.start is not None and stage not in {*chosen.anew, *MOVING}
         return replace(plan, learning_rate=chosen.again_rate * plan.learning_rate) if goes_on else plan
 
     def part(stage: str, name: str, kind: Any, new: Callable[[], Any], train: Callable[[Any, Plan], Any]) -> Any:
@@ -146,12 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unet, vae = _finished(
             work, unet, vae, lambda: train_finish(work, pictures, tables, fusion, image_encoder, unet, vae, plan)
         )
-    if "retouch" in wanted and (chosen.start is None or "retouch" in {*chosen.again, *chosen.anew}):
-        if not (work / "retouch").exists():
-            keep(work / "retouch", train_retouch(work, pictures, tables, fusion, unet, vae, plan_of("retouch")))
-            for moved in work.glob("retouched-*"):  # from where that network said them, and no other
-                shutil.rmtree(moved)
-        fusion = read_part(work / "retouch", FusionNetwork)
+    for stage, train in (("retouch", train_retouch), ("apart", train_apart)):
+        if stage in wanted and (chosen.start is None or stage in {*chosen.again, *chosen.anew}):
+            if not (work / stage).exists():
+                keep(work / stage, train(work, pictures, tables, fusion, unet, vae, plan_of(stage)))
+                for moved in work.glob(f"{stage}-*"):  # from where that network said them, and no other
+                    shutil.rmtree(moved)
+            fusion = read_part(work / stage, FusionNetwork)
     parts = {"text_encoder": text_encoder, "image_encoder": image_encoder, "fusion": fusion, "unet": unet, "vae": vae}
     export(parts, tokenizer, tables.scaling_factor, chosen.model or work / "model")
 
@@ -162,7 +167,7 @@ def _asked(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
     parser.add_argument(
         "--work", type=Path, default=Path(".cache/mini"), help="where packages, checkpoints and curves go"
     )
-    parser.add_argument("--until", choices=list(PLANS), default="retouch", help="stop after this stage")
+    parser.add_argument("--until", choices=list(PLANS), default="apart", help="stop after this stage")
     parser.add_argument(
         "--start", type=Path, help="a model to go on from: its parts are kept, but those of --again are trained further"
     )
@@ -188,6 +193,8 @@ def _asked(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
         chosen.anew = [*chosen.anew, "choice"]  # of other vectors it knows nothing, and it takes minutes
     if {"fusion", "finish"} & {*chosen.again, *chosen.anew}:
         chosen.anew = [*chosen.anew, "retouch"]  # which lies in what both of them say
+    if "retouch" in {*chosen.again, *chosen.anew}:
+        chosen.anew = [*chosen.anew, "apart"]  # which is remembered beside what it moved
     if chosen.start is not None:
         if not (chosen.start / "model_index.json").is_file():
             parser.error(f"expected --start to be the folder of a model, found none in {chosen.start}")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
 from pipeline.fusing.fusion_network import FusionNetwork
-from pipeline.mini import MODEL_FOLDER, last_layers, retouch_stage
+from pipeline.mini import MODEL_FOLDER, apart_stage, finish_losses, last_layers, retouch_stage
 from pipeline.mini import train as train_module
+from pipeline.mini.apart_stage import TOLD_APART, most_taken, train_apart
 from pipeline.mini.autoencoder import (
     DECODER_LAYERS,
     deepened,
@@ -36,8 +37,8 @@ from pipeline.mini.last_layers import by_names, move_answers
 from pipeline.mini.loop import Plan, run_stage
 from pipeline.mini.pictures import PictureSet
 from pipeline.mini.reader_stage import train_reader
-from pipeline.mini.remembering import remember
-from pipeline.mini.retouch_stage import NEARER, RETOUCHED, SIZES, TOLD_APART, Aim, retouch, train_retouch, who_looks
+from pipeline.mini.remembering import remember, remembered
+from pipeline.mini.retouch_stage import NEARER, RETOUCHED, SIZES, Aim, Retoucher, finishes, train_retouch
 from pipeline.mini.scenes.phantoms import REGIONS, SIDES, Insert, Phantom, render_phantom
 from pipeline.mini.scenes.scene_set import SUN_AZIMUTH, SceneSet, phantom_of, sky_of
 from pipeline.mini.scenes.skies import Sky, render_sky
@@ -418,6 +419,10 @@ class Retouching:
     rows: np.ndarray
     moves: Tensor
 
+    @property
+    def parts(self) -> tuple[FusionNetwork, UNet2DConditionModel, AutoencoderDC]:
+        return deepcopy(self.fusion), self.unet, self.vae
+
 
 SHORTLY = Plan(steps=1, batch=32, learning_rate=SHORT)
 
@@ -425,15 +430,11 @@ SHORTLY = Plan(steps=1, batch=32, learning_rate=SHORT)
 @pytest.fixture(scope="module")
 def retouching(pictures: TrainingSet, tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> Retouching:
     torch.manual_seed(0)
-    folder, vae, fusion = tmp_path_factory.mktemp("retouching") / "retouched-1", new_autoencoder(), new_fusion(tables)
-    unet = new_generator(*tables.grid_and_channels)
-    done = retouch(folder, pictures, tables, fusion, unet, vae, SHORTLY, replace(NEARER, steps=1), who_looks(pictures))
-    return Retouching(folder, fusion, unet, vae, *done)
-
-
-def finishes(pictures: TrainingSet) -> np.ndarray:
-    in_one = np.isin(pictures.emoji.style, [STYLES.index(name) for name in RETOUCHED])
-    return np.intersect1d(pictures.emoji.training_rows(), np.flatnonzero(in_one))
+    folder, parts = tmp_path_factory.mktemp("retouching") / "retouch-1", (new_fusion(tables), new_autoencoder())
+    fusion, unet, vae = parts[0], new_generator(*tables.grid_and_channels), parts[1]
+    rows, aim = finishes(pictures.emoji), replace(NEARER, steps=1)
+    moves = Retoucher(pictures, tables, fusion, unet, vae, aim).moved(folder, rows, SHORTLY)
+    return Retouching(folder, fusion, unet, vae, rows, moves)
 
 
 @torch.no_grad()
@@ -459,36 +460,93 @@ def check_they_went_down(
 
 
 def test_retouched_drawings_go_where_they_are_told_apart(pictures: TrainingSet, tables: Tables, retouching: Retouching):
-    assert np.array_equal(retouching.rows, finishes(pictures))
+    styles = {STYLES[style] for style in pictures.emoji.style[retouching.rows]}
+    assert styles == set(RETOUCHED) and not np.setdiff1d(retouching.rows, pictures.emoji.training_rows()).size
     check_they_went_down(pictures, tables, retouching, retouching.rows, retouching.moves, NEARER)
 
 
-def test_at_last_go_those_that_are_most_taken_for_another_style(
+def test_told_apart_drawings_go_ahead_of_other_styles(
     pictures: TrainingSet, tables: Tables, retouching: Retouching, tmp_path: Path
 ):
-    aim = replace(TOLD_APART, steps=1, further=3)
-    parts = retouching.fusion, retouching.unet, retouching.vae
-    rows, moves = retouch(tmp_path, pictures, tables, *parts, SHORTLY, aim, who_looks(pictures))
+    rows, aim = pictures.emoji.training_rows()[::3], replace(TOLD_APART, steps=1)
+    moves = Retoucher(pictures, tables, *retouching.parts, aim).moved(tmp_path, rows, SHORTLY)
     check_they_went_down(pictures, tables, retouching, rows, moves, aim)
-    further = np.setdiff1d(rows, finishes(pictures))
-    assert len(further) == 3 and len(rows) == 3 + len(finishes(pictures))
-    others = np.setdiff1d(pictures.emoji.training_rows(), finishes(pictures))
+
+
+def test_those_that_are_most_taken_for_another_style_are_told_apart(
+    pictures: TrainingSet, tables: Tables, retouching: Retouching, monkeypatch: pytest.MonkeyPatch
+):
+    learned = pictures.emoji.training_rows()
+    known, hand = retouching.rows, Retoucher(pictures, tables, *retouching.parts, TOLD_APART)
     with torch.no_grad():
-        said = retouching.fusion.fuse_normalised(by_names(retouching.fusion, pictures, tables, others))
-        latents = on_grid(said, tables.square.shape[-1]) / tables.scaling_factor
-        made = retouching.vae.decode(latents, return_dict=False)[0]
-        drawn, onlookers = over_colour(made, torch.ones(1, 3, 1, 1)), Onlookers(pictures.emoji, SIZES)
+        said = retouching.fusion.fuse_normalised(by_names(retouching.fusion, pictures, tables, learned))
+        made = retouching.vae.decode(on_grid(said, tables.square.shape[-1]) / tables.scaling_factor, return_dict=False)
+        drawn, onlookers = over_colour(made[0], torch.ones(1, 3, 1, 1)), Onlookers(pictures.emoji, SIZES)
         looks = [(eye.gist(eye.layers(drawn, size)), told) for eye, told, size in map(onlookers.at, (0, 1))]
-        behind = torch.stack([told.behind(gists, others) for gists, told in looks]).mean(dim=0).numpy()
-    least = behind[np.isin(others, further)].min()
-    assert least > np.sort(behind)[-4] - 0.01, "all but for the noise that they are drawn from"
-    assert least > np.median(behind)
+        behind = torch.stack([told.behind(gists, learned) for gists, told in looks]).mean(dim=0).numpy()
+    noise = 0.01  # that they are drawn from
+    monkeypatch.setattr(apart_stage, "MOST", len(known) + 3)
+    for at_once in (5, len(known) + 2, len(learned)):
+        monkeypatch.setattr(apart_stage, "AT_ONCE", at_once)
+        chosen = most_taken(hand, learned, known, batch=32)
+        assert len(chosen) == min(at_once, len(known) + 3) and bool((np.diff(chosen) > 0).all())
+        others = np.setdiff1d(chosen, known)
+        assert len(others) <= 3, "there is room for no more"
+        left = np.setdiff1d(known, chosen)
+        if len(left):
+            taken, let_be = (behind[np.isin(learned, some)] for some in (chosen, left))
+            assert taken.min() > let_be.max() - 2 * noise
+        if len(others):
+            further = behind[np.isin(learned, np.setdiff1d(learned, [*known, *others]))]
+            assert behind[np.isin(learned, others)].min() > further.max() - 2 * noise
+    monkeypatch.setattr(apart_stage, "MOST", 0)
+    assert np.array_equal(most_taken(hand, learned, known, batch=32), known), "those go on that are remembered"
+
+
+def test_what_is_told_apart_is_remembered_beside_the_others(
+    pictures: TrainingSet, tables: Tables, retouching: Retouching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(apart_stage, "TOLD_APART", replace(TOLD_APART, steps=1))
+    monkeypatch.setattr(apart_stage, "AT_ONCE", 4)
+    monkeypatch.setattr(apart_stage, "MOST", len(retouching.rows))
+    fusion, unet, vae = retouching.parts
+    assert not remembered(fusion, pictures, tables).size
+    remember(fusion, pictures, tables, retouching.rows, 10 * retouching.moves)
+    assert np.array_equal(remembered(fusion, pictures, tables), retouching.rows)
+    before, far = deepcopy(fusion), replace(SHORTLY, learning_rate=0.2)  # beside the tenth that is remembered
+    taught = train_apart(tmp_path, pictures, tables, fusion, unet, vae, far)
+    rows = torch.load(tmp_path / "apart-1" / "rows.pt", weights_only=True).numpy()
+    assert len(rows) == 4 and np.array_equal(remembered(taught, pictures, tables), retouching.rows)
+
+    def changes(some: np.ndarray) -> Tensor:
+        asked = by_names(taught, pictures, tables, some)
+        with torch.no_grad():
+            return taught.fuse_normalised(asked) - before.fuse_normalised(asked)
+
+    assert float(changes(rows).square().mean()) > 0.01
+    assert float(changes(np.setdiff1d(pictures.emoji.training_rows(), rows)).square().mean()) < 1e-9
+    monkeypatch.setattr(finish_losses, "LineUp", None)  # nobody looks again
+    again = train_apart(tmp_path, pictures, tables, deepcopy(before), unet, vae, far)
+    for name, weights in taught.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weights), name
+
+
+def test_all_are_seen_as_large_as_what_is_compared_with_them(pictures: TrainingSet):
+    onlookers, rows = Onlookers(pictures.emoji, SIZES), pictures.emoji.training_rows()[::5]
+    real = over_background(pictures.emoji.pixels[rows])
+    for turn in range(2):
+        eye, told, size = onlookers.at(turn)
+        assert size == SIZES[turn]
+        with torch.no_grad():
+            likeness = (eye.gist(eye.layers(real, size)) * told.gists_of(rows)).sum(dim=1)
+        assert likeness.tolist() == pytest.approx([1.0] * len(rows), abs=1e-4)
+        assert onlookers.at(turn + 2)[1] is told, "who has seen all does not look again"
 
 
 def test_what_was_retouched_is_kept_and_said_by_the_last_layers_alone(
     pictures: TrainingSet, tables: Tables, retouching: Retouching, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retouch_stage, "Onlookers", None)  # nobody looks again
+    monkeypatch.setattr(finish_losses, "LineUp", None)  # nobody looks again
     monkeypatch.setattr(retouch_stage, "REMEMBERED", 0)
     monkeypatch.setattr(last_layers, "BATCHES", 1)
     fusion = deepcopy(retouching.fusion)
@@ -504,7 +562,7 @@ def test_what_was_retouched_is_kept_and_said_by_the_last_layers_alone(
 def test_where_the_last_rounds_led_is_remembered(
     pictures: TrainingSet, tables: Tables, retouching: Retouching, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retouch_stage, "Onlookers", None)  # nobody looks again
+    monkeypatch.setattr(finish_losses, "LineUp", None)  # nobody looks again
     fusion = deepcopy(retouching.fusion)
     taught = train_retouch(retouching.folder.parent, pictures, tables, fusion, retouching.unet, retouching.vae, SHORTLY)
     assert {"exit.weight", "entry.weight"} <= retouching.fusion.state_dict().keys()
