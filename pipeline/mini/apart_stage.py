@@ -25,7 +25,7 @@ from .training_set import TrainingSet
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 1536  # drawings that a round moves, about a third of those that are remembered
+A_ROUND = 1536  # drawings that are moved, about a third of those that are remembered
 MOST = 4673  # drawings to remember: with their neighbours six megabytes, which is what the other parts leave of sixty
 
 
@@ -71,9 +71,9 @@ def train_apart(
 
 
 def most_taken(hand: Retoucher, learned: np.ndarray, known: np.ndarray, batch: int) -> np.ndarray:
-    """In rising order, AT_ONCE of those that are remembered and of as many others as there is room for."""
+    """In rising order, A_ROUND of those that are remembered and of as many others as there is room for."""
     room = max(0, MOST - len(known))
     asked = learned if room else known
     asked = asked[np.argsort(-hand.behind(asked, batch), kind="stable")]
     is_known = np.isin(asked, known)
-    return np.sort(asked[is_known | (np.cumsum(~is_known) <= room)][:AT_ONCE])
+    return np.sort(asked[is_known | (np.cumsum(~is_known) <= room)][:A_ROUND])

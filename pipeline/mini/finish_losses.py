@@ -13,7 +13,7 @@ from .pictures import PictureSet
 from .vision import normalise, over_background
 
 IMAGENET_SIZE = 160  # pixels a side that an ImageNet network sees: between ours and those that it was taught with
-AT_ONCE = 16  # pictures: more no longer lie in a CPU's cache
+AT_ONCE = 16  # pictures in a line-up: for more, a CPU spends longer on asking for memory than on seeing them
 IMAGENET_BLOCKS = (2, 5, 9, 13, 18)  # one of each size and width
 ONLOOKER_SIZES = (IMAGENET_SIZE, 128, 192)
 MESH_LENGTH = 8  # pixels along a line that are taken together: what alternates and is no mesh averages out

@@ -46,7 +46,10 @@ def remember(network: FusionNetwork, pictures: TrainingSet, tables: Tables, rows
 
 @torch.no_grad()
 def remembered(network: FusionNetwork, pictures: TrainingSet, tables: Tables) -> np.ndarray:
-    """The learned drawings of which more is remembered, by their English names, than that they are no other's."""
+    """The learned drawings, asked for by their English names, to which the memory adds; in rising order.
+
+    Not those that have a key so as not to be taken for others, with nothing behind it.
+    """
     drawings = pictures.emoji.training_rows()
     if network.memory is None:
         return drawings[:0]

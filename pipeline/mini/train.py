@@ -49,7 +49,7 @@ logger = logging.getLogger(f"{__package__}.train")  # __name__ is "__main__" whe
 
 # From nothing; longer plans go on getting better (fusion above all), and --steps makes shorter those that go on from a
 # model that has learned before. None has been run in full at 128 pixels; the model card tells what was. Of the last
-# two, which move pictures and no weights: rounds, drawings at once, and how far a step moves them.
+# two: rounds, drawings at once, and how far a step moves them.
 ON_CPU = {
     "text": Plan(4000, 256, learning_rate=1e-3),
     "vision": Plan(6000, 64, learning_rate=1.5e-3, warmup=100, weight_decay=0.02),
@@ -74,7 +74,7 @@ ON_GPU = {
 }
 PLANS = ON_GPU if device().type == "cuda" else ON_CPU
 SIZES = 32  # which pixels a side are a multiple of, for the autoencoder and the generator to halve
-MOVING = {"retouch", "apart"}
+MOVING = {"retouch", "apart"}  # pictures and no weights: their rate is how far
 AGAIN = 0.3  # of a stage's rate where it goes on from a finished model, which may lose at the full rate what it knows
 
 

@@ -1,5 +1,6 @@
 """The training loop and the stages: they learn, and a run that was killed ends where an unbroken one does."""
 
+import json
 import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -125,16 +126,18 @@ def test_what_the_command_cannot_do_is_said_at_once(
     assert not (tmp_path / "work").exists()
 
 
+class Begun(Exception):
+    """The arguments were taken."""
+
+
+def begin(work: Path, size: int) -> None:
+    raise Begun
+
+
 def test_a_work_folder_is_of_one_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Parts, tables and batches of another would pass for its own."""
-
-    class Begun(Exception):
-        pass
-
-    def begin(work: Path, size: int) -> None:
-        raise Begun
 
     monkeypatch.setattr(train_module, "load_training_set", begin)
     arguments = ["--work", str(tmp_path), "--steps", "fusion=10", "--steps", "text=5"]
@@ -145,6 +148,18 @@ def test_a_work_folder_is_of_one_run(
         with pytest.raises(SystemExit):
             main([*arguments, *further])
         assert "was begun with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("again", "anew"), [("finish", ["apart", "retouch"]), ("retouch", ["apart"]), ("apart", []), ("choice", ["choice"])]
+)
+def test_stages_that_lie_in_what_others_say_follow_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str, anew: list[str]
+):
+    monkeypatch.setattr(train_module, "load_training_set", begin)
+    with pytest.raises(Begun):
+        main(["--work", str(tmp_path), "--start", str(MODEL_FOLDER), "--again", again])
+    assert json.loads((tmp_path / "run.json").read_text("utf-8"))["anew"] == anew
 
 
 # --- the stages, on a handful of pictures ---
@@ -487,7 +502,7 @@ def test_those_that_are_most_taken_for_another_style_are_told_apart(
     noise = 0.01  # that they are drawn from
     monkeypatch.setattr(apart_stage, "MOST", len(known) + 3)
     for at_once in (5, len(known) + 2, len(learned)):
-        monkeypatch.setattr(apart_stage, "AT_ONCE", at_once)
+        monkeypatch.setattr(apart_stage, "A_ROUND", at_once)
         chosen = most_taken(hand, learned, known, batch=32)
         assert len(chosen) == min(at_once, len(known) + 3) and bool((np.diff(chosen) > 0).all())
         others = np.setdiff1d(chosen, known)
@@ -507,7 +522,7 @@ def test_what_is_told_apart_is_remembered_beside_the_others(
     pictures: TrainingSet, tables: Tables, retouching: Retouching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(apart_stage, "TOLD_APART", replace(TOLD_APART, steps=1))
-    monkeypatch.setattr(apart_stage, "AT_ONCE", 4)
+    monkeypatch.setattr(apart_stage, "A_ROUND", 4)
     monkeypatch.setattr(apart_stage, "MOST", len(retouching.rows))
     fusion, unet, vae = retouching.parts
     assert not remembered(fusion, pictures, tables).size
